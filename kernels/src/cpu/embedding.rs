@@ -1,0 +1,1 @@
+//! Row lookup and its gradient.

@@ -1,0 +1,1 @@
+//! Runs fused elementwise programs over L1-sized tiles.

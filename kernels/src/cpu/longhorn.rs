@@ -1,0 +1,1 @@
+//! The Longhorn online update.

@@ -1,0 +1,1 @@
+//! Vector forms of exp, log, sigmoid and their like.

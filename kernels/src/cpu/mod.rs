@@ -1,0 +1,22 @@
+//! Kernels for the CPU: Rust, with SIMD chosen at run time and threads through rayon.
+
+pub mod simd;
+pub mod threads;
+
+pub mod attention;
+pub mod conv1d;
+pub mod cross_entropy;
+pub mod embedding;
+pub mod gla;
+pub mod interpreter;
+pub mod longhorn;
+pub mod math;
+pub mod matmul;
+pub mod norm;
+pub mod optimizer;
+pub mod reduce;
+pub mod retention;
+pub mod rotary;
+pub mod selective_scan;
+pub mod token_shift;
+pub mod wkv;

@@ -1,0 +1,1 @@
+//! RMS, layer and group normalisation.

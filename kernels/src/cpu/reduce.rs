@@ -1,0 +1,1 @@
+//! Sums over rows, columns and whole tensors.

@@ -1,0 +1,1 @@
+//! Shift by one position in time.

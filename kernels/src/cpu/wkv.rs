@@ -1,0 +1,1 @@
+//! The RWKV x051a operator.

@@ -1,0 +1,13 @@
+//! Kernels and device memory.
+//!
+//! Nothing in this crate knows what a graph is: a kernel takes slices (or row-strided matrices, see
+//! [`rows`]) and sizes. `cpu/` is always there; a CUDA device is added beside it, behind [`device`].
+//!
+//! This is the only crate of the workspace that contains `unsafe`; each block states why it is sound.
+
+pub mod cpu;
+pub mod expression;
+pub mod random;
+pub mod rows;
+
+pub use rows::{Rows, RowsMut};
