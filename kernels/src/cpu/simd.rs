@@ -28,6 +28,7 @@
 use std::sync::OnceLock;
 
 /// Vector operations of one instruction set. A value of the type proves that the machine has it.
+#[allow(clippy::wrong_self_convention)]
 pub trait Simd: Copy + Send + Sync + 'static {
     /// Lanes of a vector.
     const LANES: usize;
