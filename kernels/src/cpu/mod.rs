@@ -1,5 +1,6 @@
 //! Kernels for the CPU: Rust, with SIMD chosen at run time and threads through rayon.
 
+pub mod device;
 pub mod simd;
 pub mod threads;
 
