@@ -6,6 +6,7 @@
 //! subnormal may be 0: nothing in training depends on them, and arithmetic on them is slow.
 
 use super::simd::Simd;
+use crate::random::{self, Keep};
 use std::f32::consts::LOG2_E;
 
 /// `1.5 * 2^23`: added to a float below 2^22, it leaves the nearest integer in the low bits.
@@ -78,7 +79,7 @@ pub fn exp2_nonpositive<S: Simd>(s: S, x: S::F) -> S::F {
     let rounder = s.splat(ROUNDER + 127.0);
     let t = s.add(x, rounder);
     let r = s.sub(x, s.sub(t, rounder));
-    let p = polynomial(s, r, [1.326_465_2e-3, 9.671_576e-3, 5.550_734_5e-2, 0.240_222_41, 0.693_146_98, 1.0]);
+    let p = polynomial(s, r, [1.326_465_2e-3, 9.671_576e-3, 5.550_734_5e-2, 0.240_222_41, 0.693_147, 1.0]);
     s.mul(s.from_bits(s.shl::<23>(s.bits(t))), p)
 }
 
@@ -204,7 +205,7 @@ pub fn tanh<S: Simd>(s: S, x: S::F) -> S::F {
 }
 
 /// (tanh(x) / x - 1) / x², in powers of x² up to 0.625².
-const TANH_NEAR: [f32; 5] = [-5.704_988_7e-3, 2.063_908_8e-2, -5.373_971_3e-2, 0.133_314_43, -0.333_332_84];
+const TANH_NEAR: [f32; 5] = [-5.704_988_7e-3, 2.063_908_8e-2, -5.373_971e-2, 0.133_314_43, -0.333_332_84];
 
 /// Error function, at most 2 ulp.
 #[inline(always)]
@@ -274,6 +275,45 @@ fn quarter_turns<S: Simd>(s: S, x: S::F, turns: i32, exact: fn(f64) -> f64) -> S
     let y = s.select(odd, cosine, sine);
     let sign = s.shl::<30>(s.and_i(quadrant, s.splat_i(2)));
     s.from_bits(s.xor_i(s.bits(y), sign))
+}
+
+/// [`random::bits`] of `LANES` counters, given their low halves and the key of their high half
+/// ([`random::key_at`]): the same bits.
+#[inline(always)]
+pub fn random_bits<S: Simd>(s: S, key: [u32; 2], counter: S::I) -> S::I {
+    let mix = Keep::MIX.map(|m| s.splat_i(m as i32));
+    let x = s.add_i(counter, s.splat_i(key[0] as i32));
+    let x = s.mul_i(s.xor_i(x, s.shr::<17>(x)), mix[0]);
+    let x = s.mul_i(s.add_i(s.xor_i(x, s.shr::<11>(x)), s.splat_i(key[1] as i32)), mix[1]);
+    let x = s.mul_i(s.xor_i(x, s.shr::<15>(x)), mix[2]);
+    s.xor_i(x, s.shr::<14>(x))
+}
+
+/// Writes the dropout mask at the counters from `first` on: [`Keep::at`], `LANES` at a time.
+#[inline(always)]
+pub fn keep_mask<S: Simd>(s: S, keep: &Keep, first: u64, mask: &mut [f32]) {
+    let threshold = s.splat((keep.threshold >> 8) as f32);
+    let scale = s.splat(keep.scale);
+    let mut i = 0;
+    while i < mask.len() {
+        // up to where the low half of the counter wraps
+        let start = first + i as u64;
+        let end = mask.len().min(i.saturating_add(((1 << 32) - (start & 0xffff_ffff)) as usize));
+        let key = random::key_at(keep.key, (start >> 32) as u32);
+        let mut counter = s.add_i(s.splat_i(start as i32), s.iota());
+        while i < end {
+            let n = (end - i).min(S::LANES);
+            let bits = s.to_float(s.shr::<8>(random_bits(s, key, counter)));
+            let v = s.select(s.lt(bits, threshold), s.zero(), scale);
+            if n == S::LANES {
+                s.store(&mut mask[i..], v)
+            } else {
+                s.store_partial(&mut mask[i..], n, v)
+            }
+            counter = s.add_i(counter, s.splat_i(S::LANES as i32));
+            i += n;
+        }
+    }
 }
 
 #[cfg(test)]
@@ -431,5 +471,27 @@ mod tests {
         assert_eq!(y, [0.0; 4]);
         dispatch(Apply("sigmoid", &mut y));
         assert_eq!(y, [0.5; 4]);
+    }
+
+    struct Mask<'a>(&'a Keep, u64, &'a mut [f32]);
+    impl SimdKernel for Mask<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            keep_mask(s, self.0, self.1, self.2);
+        }
+    }
+
+    #[test]
+    fn vector_masks_are_the_scalar_ones() {
+        for (p, first) in [(0.1, 0), (0.5, 12345), (0.9, (1 << 32) - 40), (0.0, 5 << 32)] {
+            let keep = Keep::new(3, 4, 5, p);
+            let want: Vec<f32> = (0..103).map(|i| keep.at(first + i)).collect();
+            let (mut wide, mut portable) = ([9.0; 103], [9.0; 103]);
+            dispatch(Mask(&keep, first, &mut wide));
+            Mask(&keep, first, &mut portable).run(Portable);
+            assert_eq!(wide[..], want[..]);
+            assert_eq!(portable[..], want[..]);
+        }
     }
 }
