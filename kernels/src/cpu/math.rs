@@ -7,7 +7,7 @@
 
 use super::simd::Simd;
 use crate::random::{self, Keep};
-use std::f32::consts::LOG2_E;
+use std::f32::consts::{LN_2, LOG2_E};
 
 /// `1.5 * 2^23`: added to a float below 2^22, it leaves the nearest integer in the low bits.
 const ROUNDER: f32 = 12_582_912.0;
@@ -79,7 +79,7 @@ pub fn exp2_nonpositive<S: Simd>(s: S, x: S::F) -> S::F {
     let rounder = s.splat(ROUNDER + 127.0);
     let t = s.add(x, rounder);
     let r = s.sub(x, s.sub(t, rounder));
-    let p = polynomial(s, r, [1.326_465_2e-3, 9.671_576e-3, 5.550_734_5e-2, 0.240_222_41, 0.693_147, 1.0]);
+    let p = polynomial(s, r, [1.326_465_2e-3, 9.671_576e-3, 5.550_734_5e-2, 0.240_222_41, LN_2 - 2.04e-7, 1.0]);
     s.mul(s.from_bits(s.shl::<23>(s.bits(t))), p)
 }
 
