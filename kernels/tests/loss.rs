@@ -152,7 +152,8 @@ fn accuracy_takes_the_first_of_equal_logits() {
     assert_eq!(accuracy(x, &[2, -1, 2, 1]), Ok((1, 3)));
     let logits = random(500 * 77, 9);
     let best = |row: &[f32]| (0..77).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap() as i32;
-    let targets: Vec<i32> = logits.chunks(77).enumerate().map(|(r, row)| if r % 4 == 0 { 5 } else { best(row) }).collect();
+    let targets: Vec<i32> =
+        logits.chunks(77).enumerate().map(|(r, row)| if r % 4 == 0 { 5 } else { best(row) }).collect();
     let want = logits.chunks(77).zip(&targets).filter(|(row, t)| best(row) == **t).count();
     assert_eq!(accuracy(Rows::contiguous(&logits, 77), &targets), Ok((want, 500)));
 }

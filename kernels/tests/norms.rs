@@ -72,9 +72,8 @@ impl Inputs {
         let (cols, groups) = (self.cols, self.norm.groups);
         let width = cols / groups;
         let f32s = |v: Vec<f64>| v.into_iter().map(|x| x as f32).collect::<Vec<f32>>();
-        let h: Vec<f64> = (0..self.x.len())
-            .map(|i| (self.x[i] + self.residual.as_ref().map_or(0.0, |r| r[i])) as f64)
-            .collect();
+        let h: Vec<f64> =
+            (0..self.x.len()).map(|i| (self.x[i] + self.residual.as_ref().map_or(0.0, |r| r[i])) as f64).collect();
         let (mut y, mut dx) = (vec![0.0; h.len()], vec![0.0; h.len()]);
         let (mut dweight, mut dbias) = (vec![0.0; cols], vec![0.0; cols]);
         for start in (0..h.len()).step_by(width) {
@@ -169,7 +168,15 @@ fn column_slices_leave_the_rest_alone() {
     let x = random(rows * stride, 1);
     let mut y = vec![7.0; rows * stride];
     let norm = Norm { kind: Kind::Rms, groups: 2, eps: 1e-5 };
-    forward(norm, Rows::new(&x[3..], rows, cols, stride), None, None, None, RowsMut::new(&mut y[5..], rows, cols, stride), None);
+    forward(
+        norm,
+        Rows::new(&x[3..], rows, cols, stride),
+        None,
+        None,
+        None,
+        RowsMut::new(&mut y[5..], rows, cols, stride),
+        None,
+    );
     for r in 0..rows {
         let input = &x[3 + r * stride..][..cols];
         let inv = |g: usize| 1.0 / (input[g * 10..][..10].iter().map(|x| x * x).sum::<f32>() / 10.0 + 1e-5).sqrt();
@@ -185,6 +192,16 @@ fn no_rows_give_zero_parameter_gradients() {
     let norm = Norm { kind: Kind::Layer, groups: 1, eps: 1e-5 };
     let (mut dweight, mut dbias) = (vec![1.0; 5], vec![1.0; 5]);
     let none = || Rows::new(&[], 0, 5, 5);
-    backward(norm, none(), &[], None, none(), None, RowsMut::new(&mut [], 0, 5, 5), Some(&mut dweight), Some(&mut dbias));
+    backward(
+        norm,
+        none(),
+        &[],
+        None,
+        none(),
+        None,
+        RowsMut::new(&mut [], 0, 5, 5),
+        Some(&mut dweight),
+        Some(&mut dbias),
+    );
     assert_eq!((dweight, dbias), (vec![0.0; 5], vec![0.0; 5]));
 }

@@ -131,12 +131,7 @@ fn check(conv: &Conv<'_>, x: Rows<'_>, len: usize, window: &Option<Rows<'_>>) ->
 }
 
 /// The transposed weight `[K, D]`, the bias and a row of zeros, in `scratch`.
-fn prepare<'a>(
-    conv: &Conv<'_>,
-    taps: usize,
-    cols: usize,
-    scratch: &'a mut [f32],
-) -> (&'a [f32], &'a [f32], &'a [f32]) {
+fn prepare<'a>(conv: &Conv<'_>, taps: usize, cols: usize, scratch: &'a mut [f32]) -> (&'a [f32], &'a [f32], &'a [f32]) {
     let (weight, rest) = scratch.split_at_mut(taps * cols);
     let (bias, zeros) = rest.split_at_mut(cols);
     for (d, from) in conv.weight.chunks_exact(taps).enumerate() {
@@ -397,11 +392,8 @@ fn backward_blocks<S: Simd, const K: usize>(
                     backward_tile::<S, K, TILE>(s, task, dy, dx, dz, sums, sequence, t, columns.clone(), all);
                     t += TILE;
                 } else {
-                    let part = Part {
-                        write: t + 1 >= range.start + K,
-                        accumulate: t < range.end,
-                        flush: t >= task.len,
-                    };
+                    let part =
+                        Part { write: t + 1 >= range.start + K, accumulate: t < range.end, flush: t >= task.len };
                     backward_tile::<S, K, 1>(s, task, dy, dx, dz, sums, sequence, t, columns.clone(), part);
                     t += 1;
                 }

@@ -287,8 +287,7 @@ fn backward_rows<S: Simd, const LAYER: bool>(
         for g in 0..groups {
             let at = g * width..(g + 1) * width;
             let i = r * groups + g;
-            let (mean, inv) =
-                if LAYER { (task.stats[2 * i], task.stats[2 * i + 1]) } else { (0.0, task.stats[i]) };
+            let (mean, inv) = if LAYER { (task.stats[2 * i], task.stats[2 * i + 1]) } else { (0.0, task.stats[i]) };
             // n = x * inv - mean * inv would cancel badly where the mean is large
             let (mean, inv) = (s.splat(mean), s.splat(inv));
             let (x, dy, dx) = (&task.x.row(r)[at.clone()], &task.dy.row(r)[at.clone()], &mut dx_row[at.clone()]);
@@ -404,9 +403,7 @@ pub(super) mod lanes {
     #[inline(always)]
     pub unsafe fn ld_ptr<S: Simd>(s: S, from: *const f32, n: usize) -> S::F {
         // SAFETY: the caller's promise.
-        unsafe {
-            if n == S::LANES { s.load_ptr(from) } else { s.load_partial(std::slice::from_raw_parts(from, n), n) }
-        }
+        unsafe { if n == S::LANES { s.load_ptr(from) } else { s.load_partial(std::slice::from_raw_parts(from, n), n) } }
     }
 
     /// Writes `n` lanes.
