@@ -149,12 +149,13 @@ simd_fn! {
         }
     }
 
-    /// Copies `from` to rows of `stride` elements, row `r` times `weight[r]`, and zero up to `stride`.
+    /// Copies `from` to rows of `stride` elements, zero up to `stride`. Row `r` is multiplied by `weight[r]`, and the
+    /// weights start again after the last.
     pub fn pack(s: S, to: &mut [f32], stride: usize, from: Rows<'_>, weight: &[f32]) {
         assert!(stride.is_multiple_of(S::LANES) && stride >= from.cols());
         for r in 0..from.rows() {
             let (x, y) = (from.row(r), &mut to[r * stride..][..stride]);
-            let w = s.splat(weight[r]);
+            let w = s.splat(weight[r % weight.len()]);
             let mut c = 0;
             while c + S::LANES <= x.len() {
                 s.store(&mut y[c..], s.mul(w, s.load(&x[c..])));
@@ -203,15 +204,15 @@ simd_fn! {
     }
 }
 
-/// Writes the transpose of `from`, its row `r` times `weight[r]`, to rows of `stride` elements, zero up to `stride`.
+/// Writes the transpose of `from`, with weights as in [`pack`], to rows of `stride` elements, zero up to `stride`.
 pub fn pack_transposed(to: &mut [f32], stride: usize, from: Rows<'_>, weight: &[f32]) {
     let (rows, cols) = (from.rows(), from.cols());
-    assert!(rows <= stride && weight.len() >= rows && to.len() >= cols * stride);
+    assert!(rows <= stride && to.len() >= cols * stride);
     const SIDE: usize = 8;
     let mut r = 0;
     while r + SIDE <= rows {
         let rows: [&[f32]; SIDE] = std::array::from_fn(|i| from.row(r + i));
-        let weight: [f32; SIDE] = std::array::from_fn(|i| weight[r + i]);
+        let weight: [f32; SIDE] = std::array::from_fn(|i| weight[(r + i) % weight.len()]);
         for c in 0..cols {
             let column: [f32; SIDE] = std::array::from_fn(|i| rows[i][c] * weight[i]);
             to[c * stride + r..][..SIDE].copy_from_slice(&column);
@@ -221,7 +222,7 @@ pub fn pack_transposed(to: &mut [f32], stride: usize, from: Rows<'_>, weight: &[
     for c in 0..cols {
         let to = &mut to[c * stride..][..stride];
         for r in r..rows {
-            to[r] = from.row(r)[c] * weight[r];
+            to[r] = from.row(r)[c] * weight[r % weight.len()];
         }
         to[rows..].fill(0.0);
     }
