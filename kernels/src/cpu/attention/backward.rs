@@ -18,6 +18,7 @@ use crate::{Rows, RowsMut, simd_fn};
 /// P = exp(D^-1/2 q k^T - lse),   dP = dout v^T,   dS = P (dP - rowsum(dout out)) D^-1/2
 /// dv = P^T dout,   dk = dS^T q,   dq = dS k
 /// ```
+#[allow(clippy::too_many_arguments)] // one for each tensor
 pub fn backward(
     dims: Dims,
     q: Rows<'_>,

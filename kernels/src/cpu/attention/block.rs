@@ -208,24 +208,51 @@ simd_fn! {
 pub fn pack_transposed(to: &mut [f32], stride: usize, from: Rows<'_>, weight: &[f32]) {
     let (rows, cols) = (from.rows(), from.cols());
     assert!(rows <= stride && to.len() >= cols * stride);
-    const SIDE: usize = 8;
-    let mut r = 0;
-    while r + SIDE <= rows {
-        let rows: [&[f32]; SIDE] = std::array::from_fn(|i| from.row(r + i));
-        let weight: [f32; SIDE] = std::array::from_fn(|i| weight[(r + i) % weight.len()]);
-        for c in 0..cols {
-            let column: [f32; SIDE] = std::array::from_fn(|i| rows[i][c] * weight[i]);
-            to[c * stride + r..][..SIDE].copy_from_slice(&column);
+    for first in (0..rows).step_by(4) {
+        if first + 4 <= rows {
+            let row: [&[f32]; 4] = std::array::from_fn(|r| from.row(first + r));
+            let weight: [f32; 4] = std::array::from_fn(|r| weight[(first + r) % weight.len()]);
+            for c in (0..cols / 4 * 4).step_by(4) {
+                let square: [[f32; 4]; 4] = std::array::from_fn(|r| row[r][c..c + 4].try_into().unwrap());
+                for (i, column) in transposed(square).into_iter().enumerate() {
+                    let column: [f32; 4] = std::array::from_fn(|r| column[r] * weight[r]);
+                    to[(c + i) * stride + first..][..4].copy_from_slice(&column);
+                }
+            }
+            for c in cols / 4 * 4..cols {
+                let column: [f32; 4] = std::array::from_fn(|r| row[r][c] * weight[r]);
+                to[c * stride + first..][..4].copy_from_slice(&column);
+            }
+        } else {
+            for r in first..rows {
+                let weight = weight[r % weight.len()];
+                from.row(r).iter().enumerate().for_each(|(c, x)| to[c * stride + r] = x * weight);
+            }
         }
-        r += SIDE;
     }
-    for c in 0..cols {
-        let to = &mut to[c * stride..][..stride];
-        for r in r..rows {
-            to[r] = from.row(r)[c] * weight[r % weight.len()];
+    if rows < stride {
+        (0..cols).for_each(|c| to[c * stride + rows..(c + 1) * stride].fill(0.0));
+    }
+}
+
+/// The transpose of a square, by shuffles where the base instruction set has them: a third of the time that moving
+/// single elements takes.
+#[inline(always)]
+fn transposed(x: [[f32; 4]; 4]) -> [[f32; 4]; 4] {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_TRANSPOSE4_PS, _mm_loadu_ps, _mm_storeu_ps};
+        let mut y = [[0.0; 4]; 4];
+        // SAFETY: SSE is part of x86_64; every row has four elements.
+        unsafe {
+            let [mut a, mut b, mut c, mut d] = x.each_ref().map(|row| _mm_loadu_ps(row.as_ptr()));
+            _MM_TRANSPOSE4_PS(&mut a, &mut b, &mut c, &mut d);
+            y.iter_mut().zip([a, b, c, d]).for_each(|(row, v)| _mm_storeu_ps(row.as_mut_ptr(), v));
         }
-        to[rows..].fill(0.0);
+        y
     }
+    #[cfg(not(target_arch = "x86_64"))]
+    std::array::from_fn(|i| std::array::from_fn(|j| x[j][i]))
 }
 
 /// Some columns of a product: `m` rows, whole vectors except that only `last` lanes of the last one are stored.

@@ -56,46 +56,56 @@ impl Dims {
 /// The mask is a function of the key and the place, so the backward pass makes the same one again.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
-    /// Probability of 0.
+    /// Probability of 0, in `0..1`.
     pub p: f32,
     /// Chooses the mask; another one for every layer and step.
     pub key: [u32; 2],
 }
 
-/// A [`Dropout`] for one block of queries; `row` counts the score rows of all sequences and heads.
+/// A [`Dropout`] for one block of queries.
+///
+/// Probability `(b, h, i, j)` has the 64-bit counter `((b * heads + h) * time + i) << 32 | j`. Its random number is a
+/// hash of three rounds ("triple32" of C. Wellons), of which the first depends on the column alone and is scalar.
 #[derive(Clone, Copy)]
 struct BlockDropout {
-    dropout: Dropout,
+    key: [u32; 2],
+    threshold: f32,
+    scale: f32,
     first_row: u32,
 }
 
+const GOLDEN: u32 = 0x9e37_79b9;
+const MIX: [u32; 3] = [0xed5a_d4bb, 0xac4c_1b51, 0x3184_8bab];
+
 impl BlockDropout {
+    /// `first_row` counts the score rows of all sequences and heads.
     fn new(dropout: Dropout, first_row: usize) -> Self {
-        Self { dropout, first_row: first_row as u32 }
+        assert!((0.0..1.0).contains(&dropout.p), "dropout probability {} is not in [0, 1)", dropout.p);
+        Self {
+            key: dropout.key,
+            threshold: (dropout.p * (1 << 24) as f32).round(),
+            scale: 1.0 / (1.0 - dropout.p),
+            first_row: first_row as u32,
+        }
     }
 
-    /// For the rows from `lane` of the block on, a value that [`Self::factor`] takes.
+    /// The keys of the rows from `lane` of the block on, for [`Self::factor`].
     #[inline(always)]
     fn rows<S: Simd>(&self, s: S, lane: usize) -> S::I {
-        let first = self.first_row.wrapping_add(lane as u32);
-        mix(s, s.xor_i(s.add_i(s.iota(), s.splat_i(first as i32)), s.splat_i(self.dropout.key[0] as i32)))
+        let row = s.add_i(s.iota(), s.splat_i(self.first_row.wrapping_add(lane as u32) as i32));
+        s.add_i(s.mul_i(row, s.splat_i(GOLDEN as i32)), s.splat_i(self.key[1] as i32))
     }
 
     /// What to multiply the probabilities of a column with: 0 or `1 / (1 - p)`.
     #[inline(always)]
     fn factor<S: Simd>(&self, s: S, rows: S::I, column: usize) -> S::F {
-        let column = (column as u32).wrapping_mul(0x9e37_79b9).wrapping_add(self.dropout.key[1]);
-        let random = s.shr::<8>(mix(s, s.xor_i(rows, s.splat_i(column as i32))));
-        let dropped = s.lt(s.to_float(random), s.splat(self.dropout.p * (1u32 << 24) as f32));
-        s.select(dropped, s.zero(), s.splat(1.0 / (1.0 - self.dropout.p)))
+        let x = (column as u32).wrapping_add(self.key[0]);
+        let x = (x ^ (x >> 17)).wrapping_mul(MIX[0]);
+        let x = s.add_i(s.splat_i((x ^ (x >> 11)) as i32), rows);
+        let x = s.mul_i(x, s.splat_i(MIX[1] as i32));
+        let x = s.mul_i(s.xor_i(x, s.shr::<15>(x)), s.splat_i(MIX[2] as i32));
+        let x = s.xor_i(x, s.shr::<14>(x));
+        let dropped = s.lt(s.to_float(s.shr::<8>(x)), s.splat(self.threshold));
+        s.select(dropped, s.zero(), s.splat(self.scale))
     }
-}
-
-/// A bijection of 32-bit integers in which every input bit moves about half of the output bits
-/// ("lowbias32" with the constants of TheIronBorn).
-#[inline(always)]
-fn mix<S: Simd>(s: S, x: S::I) -> S::I {
-    let x = s.mul_i(s.xor_i(x, s.shr::<16>(x)), s.splat_i(0x21f0_aaad));
-    let x = s.mul_i(s.xor_i(x, s.shr::<15>(x)), s.splat_i(0x735a_2d97));
-    s.xor_i(x, s.shr::<15>(x))
 }

@@ -84,8 +84,8 @@ pub fn chunk_forward(dims: Dims, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, y: RowsM
 /// Weight of query `i` of a chunk of `len` tokens, `gamma^(i - (len - 1)) / sqrt(sum of the mask's row)`; that of key `j`
 /// is `gamma^(len - 1 - j)`, as in the state.
 fn query_weights(decay: Decay, first: usize, len: usize, weights: &mut [f32]) {
-    for i in 0..len {
-        weights[i] = (decay.power(i as f64 - (len as f64 - 1.0)) / decay.mass(first + i).sqrt()) as f32;
+    for (i, weight) in weights.iter_mut().enumerate().take(len) {
+        *weight = (decay.power(i as f64 - (len as f64 - 1.0)) / decay.mass(first + i).sqrt()) as f32;
     }
 }
 
@@ -156,6 +156,7 @@ pub fn chunk_final_state(dims: Dims, states: &[f32], state: &mut [f32], scale: &
 }
 
 /// Gradients of [`chunk_forward`] from its `states` and the gradient `dy`. What happens within a chunk is computed again.
+#[allow(clippy::too_many_arguments)] // one for each tensor
 pub fn chunk_backward(
     dims: Dims,
     q: Rows<'_>,

@@ -110,6 +110,7 @@ impl Decay {
 
 /// `out (+)= (q k^T)^T v` for a pair of blocks whose decays are in the operands: `qt` `[key_dim, lanes]` and `v` are packed;
 /// on the diagonal, masked. Leaves the scores in `p`, `[keys, lanes]`, by way of `scores` before they are used.
+#[allow(clippy::too_many_arguments)] // operands and where they are
 fn forward_block(
     qt: Rows<'_>,
     k: Rows<'_>,

@@ -96,6 +96,7 @@ fn set_key_weights(decay: Decay, lag: usize, rising: &[f32], weights: &mut [f32]
 /// ```text
 /// dA = dy v^T / n,   dS = dA D,   dq = dS k,   dk = dS^T q,   dv = (a / n)^T dy
 /// ```
+#[allow(clippy::too_many_arguments)] // one for each tensor
 pub fn parallel_backward(
     dims: Dims,
     q: Rows<'_>,
@@ -177,9 +178,9 @@ impl Pair<'_> {
                 let last = (first + BLOCK).min(time);
                 let queries = last - first;
                 let lanes = padded(queries);
-                for i in 0..queries {
+                for (i, weight) in query_weight.iter_mut().enumerate().take(queries) {
                     let norm = decay.mass(first + i).sqrt() * self.normalizer[first + i] as f64;
-                    query_weight[i] = (decay.power(i as f64) / norm) as f32;
+                    *weight = (decay.power(i as f64) / norm) as f32;
                 }
                 let (q_rows, dy_rows) = (self.q.slice_rows(first, last), self.dy.slice_rows(first, last));
                 pack_transposed(qt, BLOCK, q_rows, &ONES);
