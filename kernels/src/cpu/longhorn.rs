@@ -24,10 +24,10 @@
 //! channels) until a chunk of a channel block is done, and are then summed over the lanes; the channel blocks
 //! are summed at the end. `-2 k Σ e S` is the path through `|k|²`.
 
-use super::math;
 use super::scan::{
-    CHUNK, Carve, LINE, STATES, Split, VECTORS, accumulate, load, load_or_zero, pack_pair, pack_states, record,
-    reduce_batch, reduce_pair, state_at, store, unpack_states,
+    CHUNK, Carve, LINE, STATES, Split, VECTORS, accumulate, exp_neg, gather_states, lanes_of, load_lanes, load_states,
+    load_tile, pack_channels, pack_pair, pack_states, record, reduce_batch, reduce_pair, sigmoid, state_at,
+    store_lanes, store_states, store_tile, unpack_states,
 };
 use super::simd::Simd;
 use super::threads::{parallel_for, with_scratch};
@@ -241,8 +241,7 @@ const BACKWARD_FIELDS: usize = 8;
 
 fn forward_scratch(dims: &Dims, width: usize) -> usize {
     let states = dims.padded_state();
-    let rows = CHUNK;
-    Carve::len(&[2 * states * rows, FORWARD_FIELDS * width * rows, states * width])
+    Carve::len(&[2 * states * CHUNK, FORWARD_FIELDS * width * CHUNK, states * width, 2 * width])
 }
 
 fn backward_scratch(dims: &Dims, width: usize) -> usize {
@@ -255,16 +254,161 @@ fn backward_scratch(dims: &Dims, width: usize) -> usize {
         VECTORS * tile,
         2 * tile,
         2 * width,
+        2 * width,
     ])
 }
 
-/// `e` and `exp(-dt - bias)` for a vector of channels.
+/// Addresses of the inputs of one row, and of what belongs to the channels.
+#[derive(Clone, Copy)]
+struct Row {
+    u: *const f32,
+    dt: *const f32,
+    gate: Option<*const f32>,
+    /// Of the whole width.
+    bias: *const f32,
+    /// Of the whole width.
+    skip: *const f32,
+}
+
+impl Row {
+    #[inline(always)]
+    fn new(inputs: &Inputs<'_>, t: usize, bias: &[f32], skip: &[f32]) -> Self {
+        Self {
+            u: inputs.u.row(t).as_ptr(),
+            dt: inputs.dt.row(t).as_ptr(),
+            gate: inputs.gate.map(|z| z.row(t).as_ptr()),
+            bias: bias.as_ptr(),
+            skip: skip.as_ptr(),
+        }
+    }
+}
+
+/// `e` and `exp(-dt - bias)` for the vector of channels at `i`.
+///
+/// # Safety
+/// The row has `lanes` channels from `i` on, and `i + S::LANES` is within the width.
 #[inline(always)]
-fn step_size<S: Simd>(s: S, dt: S::F, bias: S::F, squares: S::F) -> (S::F, S::F) {
-    // 80 keeps the exponential finite; e is below 1e-34 from there on
-    let x = s.min(s.sub(s.neg(dt), bias), s.splat(80.0));
-    let exp = math::exp(s, x);
+unsafe fn step_size<S: Simd>(s: S, row: Row, squares: S::F, i: usize, lanes: usize) -> (S::F, S::F) {
+    // SAFETY: the caller's promise.
+    let dt = unsafe { s.add(load_lanes(s, row.dt.add(i), lanes), s.load_ptr(row.bias.add(i))) };
+    let exp = exp_neg(s, dt);
     (s.div(s.splat(1.0), s.add(s.add(s.splat(1.0), squares), exp)), exp)
+}
+
+/// Writes the record `r` of a vector of channels.
+///
+/// # Safety
+/// As for [`step_size`]; `r` is a record of the forward pass.
+#[inline(always)]
+unsafe fn prepare<S: Simd>(s: S, row: Row, squares: S::F, i: usize, lanes: usize, r: *mut f32) {
+    let tile = VECTORS * S::LANES;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let (e, _) = step_size(s, row, squares, i, lanes);
+        s.store_ptr(r.add(E * tile), e);
+        s.store_ptr(r.add(EU * tile), s.mul(e, load_lanes(s, row.u.add(i), lanes)));
+        s.store_ptr(r.add(Y * tile), s.zero());
+    }
+}
+
+/// Writes the result of a vector of channels.
+///
+/// # Safety
+/// As for [`prepare`]; `y` is the row of the result.
+#[inline(always)]
+unsafe fn finish<S: Simd>(s: S, row: Row, i: usize, lanes: usize, r: *const f32, y: *mut f32) {
+    let tile = VECTORS * S::LANES;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let u = load_lanes(s, row.u.add(i), lanes);
+        let mut out = s.fma(s.load_ptr(row.skip.add(i)), u, s.load_ptr(r.add(Y * tile)));
+        if let Some(gate) = row.gate {
+            let z = load_lanes(s, gate.add(i), lanes);
+            out = s.mul(out, s.mul(z, sigmoid(s, z)));
+        }
+        store_lanes(s, y.add(i), lanes, out);
+    }
+}
+
+/// [`prepare`] for the backward pass; `dy` is the row of the gradient of the result.
+///
+/// # Safety
+/// As for [`prepare`], with a record of the backward pass.
+#[inline(always)]
+unsafe fn prepare_backward<S: Simd>(
+    s: S,
+    row: Row,
+    dy: *const f32,
+    squares: S::F,
+    i: usize,
+    lanes: usize,
+    r: *mut f32,
+) {
+    let tile = VECTORS * S::LANES;
+    let one = s.splat(1.0);
+    // SAFETY: the caller's promise.
+    unsafe {
+        let (e, exp) = step_size(s, row, squares, i, lanes);
+        s.store_ptr(r.add(E * tile), e);
+        s.store_ptr(r.add(EU * tile), s.mul(e, load_lanes(s, row.u.add(i), lanes)));
+        s.store_ptr(r.add(SLOPE * tile), s.mul(e, exp));
+        for field in [Y, S_SUM, M_SUM] {
+            s.store_ptr(r.add(field * tile), s.zero());
+        }
+        let mut dy = load_lanes(s, dy.add(i), lanes);
+        if let Some(gate) = row.gate {
+            let z = load_lanes(s, gate.add(i), lanes);
+            let sigmoid = sigmoid(s, z);
+            let slope = s.mul(sigmoid, s.fma(z, s.sub(one, sigmoid), one));
+            s.store_ptr(r.add(GATE * tile), s.mul(dy, slope));
+            dy = s.mul(dy, s.mul(z, sigmoid));
+        }
+        s.store_ptr(r.add(DY * tile), dy);
+    }
+}
+
+/// Rows and sums that [`finish_backward`] writes.
+#[derive(Clone, Copy)]
+struct RowGradients {
+    u: *mut f32,
+    dt: *mut f32,
+    gate: Option<*mut f32>,
+    /// Of the whole width; added to.
+    bias: *mut f32,
+    /// Of the whole width; added to.
+    skip: *mut f32,
+}
+
+/// Writes the gradients of a vector of channels and returns its `e S`.
+///
+/// # Safety
+/// As for [`prepare_backward`]; `out` are the rows and sums of the same channels.
+#[inline(always)]
+unsafe fn finish_backward<S: Simd>(
+    s: S,
+    row: Row,
+    i: usize,
+    lanes: usize,
+    r: *const f32,
+    out: RowGradients,
+) -> S::F {
+    let tile = VECTORS * S::LANES;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let (u, skip) = (load_lanes(s, row.u.add(i), lanes), s.load_ptr(row.skip.add(i)));
+        let (e, dy) = (s.load_ptr(r.add(E * tile)), s.load_ptr(r.add(DY * tile)));
+        let (s_sum, m_sum) = (s.load_ptr(r.add(S_SUM * tile)), s.load_ptr(r.add(M_SUM * tile)));
+        if let Some(dz) = out.gate {
+            let inner = s.fma(skip, u, s.load_ptr(r.add(Y * tile)));
+            store_lanes(s, dz.add(i), lanes, s.mul(s.load_ptr(r.add(GATE * tile)), inner));
+        }
+        store_lanes(s, out.u.add(i), lanes, s.fma(e, m_sum, s.mul(skip, dy)));
+        let ddt = s.mul(s_sum, s.load_ptr(r.add(SLOPE * tile)));
+        store_lanes(s, out.dt.add(i), lanes, ddt);
+        accumulate(s, out.bias.add(i), ddt);
+        accumulate(s, out.skip.add(i), s.mul(dy, u));
+        s.mul(e, s_sum)
+    }
 }
 
 simd_fn! {
@@ -280,12 +424,16 @@ simd_fn! {
     ) {
         let (mut y, mut state, mut boundaries) = (y, state, boundaries);
         let states = dims.padded_state();
-        let vectors = width / S::LANES;
+        let channels = y.cols();
+        let (full, vectors) = (channels / S::LANES, width / S::LANES);
         let tile = VECTORS * S::LANES;
         let mut carve = Carve::new(scratch);
         let kq = carve.take(2 * states * CHUNK);
         let records = carve.take(FORWARD_FIELDS * width * CHUNK);
         let h = carve.take(states * width);
+        let (bias, skip) = carve.take(2 * width).split_at_mut(width);
+        pack_channels(inputs.t_bias, bias);
+        pack_channels(inputs.skip, skip);
         match &state {
             Some(state) => pack_states(s, state.as_rows(), h, states, width),
             None => h.fill(0.0),
@@ -295,47 +443,50 @@ simd_fn! {
             if let Some(boundaries) = &mut boundaries {
                 let n = dims.state;
                 // SAFETY: the only use of the task's own block.
-                let to = unsafe { boundaries.shared_block(chunk * n..(chunk + 1) * n, 0..boundaries.cols()) };
+                let to = unsafe { boundaries.shared_block(chunk * n..(chunk + 1) * n, 0..channels) };
                 unpack_states(s, h, to, states, width);
             }
             let end = start + rows;
             pack_pair(inputs.k.slice_rows(start, end), inputs.q.slice_rows(start, end), kq, states);
+            let records = records.as_mut_ptr();
             for t in 0..rows {
+                let row = Row::new(&inputs, start + t, bias, skip);
                 let squares = s.splat(sum_of_squares(inputs.k.row(start + t)));
-                let (u, dt) = (inputs.u.row(start + t), inputs.dt.row(start + t));
-                for v in 0..vectors {
-                    let i = v * S::LANES;
-                    let (e, _) = step_size(s, load(s, dt, i), load_or_zero(s, inputs.t_bias, i), squares);
-                    let r = &mut records[record::<S>(FORWARD_FIELDS, t, v)..];
-                    s.store(&mut r[E * tile..], e);
-                    s.store(&mut r[EU * tile..], s.mul(e, load(s, u, i)));
-                    s.store(&mut r[Y * tile..], s.zero());
+                // SAFETY: vectors below `vectors` are in the width and have a record; `full` of them are whole.
+                unsafe {
+                    for v in 0..full {
+                        let r = records.add(record::<S>(FORWARD_FIELDS, t, v));
+                        prepare(s, row, squares, v * S::LANES, S::LANES, r);
+                    }
+                    for v in full..vectors {
+                        let r = records.add(record::<S>(FORWARD_FIELDS, t, v));
+                        prepare(s, row, squares, v * S::LANES, lanes_of::<S>(channels, v), r);
+                    }
                 }
             }
             for v in (0..vectors).step_by(VECTORS) {
                 for n in (0..states).step_by(STATES) {
-                    let h = &mut h[state_at::<S>(states, n, v)..][..STATES * tile];
-                    let r = &mut records[record::<S>(FORWARD_FIELDS, 0, v)..][..rows * FORWARD_FIELDS * tile];
-                    let kq = &kq[..rows * 2 * states];
-                    // SAFETY: the slices have the lengths that the function asks for; n + STATES <= states.
-                    unsafe { advance(s, rows, kq.as_ptr().add(n), states, r.as_mut_ptr(), h.as_mut_ptr()) };
+                    let h = h[state_at::<S>(states, n, v)..][..STATES * tile].as_mut_ptr();
+                    // SAFETY: kq, records and h have room for `rows` rows of `states` and `width`.
+                    unsafe {
+                        let r = records.add(record::<S>(FORWARD_FIELDS, 0, v));
+                        advance(s, rows, kq.as_ptr().add(n), states, r, h);
+                    }
                 }
             }
             for t in 0..rows {
-                let (u, y) = (inputs.u.row(start + t), y.row(start + t));
-                let gate = inputs.gate.map(|z| z.row(start + t));
-                for v in 0..vectors {
-                    let i = v * S::LANES;
-                    let r = s.load(&records[record::<S>(FORWARD_FIELDS, t, v) + Y * tile..]);
-                    let r = s.fma(load_or_zero(s, inputs.skip, i), load(s, u, i), r);
-                    let r = match gate {
-                        Some(gate) => {
-                            let z = load(s, gate, i);
-                            s.mul(r, s.mul(z, math::sigmoid(s, z)))
-                        }
-                        None => r,
-                    };
-                    store(s, y, i, r);
+                let row = Row::new(&inputs, start + t, bias, skip);
+                let y = y.row(start + t).as_mut_ptr();
+                // SAFETY: as for `prepare`.
+                unsafe {
+                    for v in 0..full {
+                        let r = records.add(record::<S>(FORWARD_FIELDS, t, v));
+                        finish(s, row, v * S::LANES, S::LANES, r, y);
+                    }
+                    if full * S::LANES < channels {
+                        let r = records.add(record::<S>(FORWARD_FIELDS, t, full));
+                        finish(s, row, full * S::LANES, lanes_of::<S>(channels, full), r, y);
+                    }
                 }
             }
         }
@@ -357,16 +508,19 @@ simd_fn! {
         const FIELDS: usize = BACKWARD_FIELDS;
         let mut out = out;
         let states = dims.padded_state();
-        let vectors = width / S::LANES;
+        let channels = dy.cols();
+        let (full, vectors) = (channels / S::LANES, width / S::LANES);
         let tile = VECTORS * S::LANES;
-        let one = s.splat(1.0);
         let mut carve = Carve::new(scratch);
         let kq = carve.take(2 * states * CHUNK);
         let records = carve.take(FIELDS * width * CHUNK);
         let adjoint = carve.take(states * width);
         let rho = carve.take(VECTORS * CHUNK * STATES * LINE);
         let sums = carve.take(2 * CHUNK * STATES * LINE);
+        let (bias, skip) = carve.take(2 * width).split_at_mut(width);
         let (dbias, dskip) = carve.take(2 * width).split_at_mut(width);
+        pack_channels(inputs.t_bias, bias);
+        pack_channels(inputs.skip, skip);
         adjoint.fill(0.0);
         dbias.fill(0.0);
         dskip.fill(0.0);
@@ -375,88 +529,75 @@ simd_fn! {
             let rows = CHUNK.min(dims.time - start);
             let end = start + rows;
             pack_pair(inputs.k.slice_rows(start, end), inputs.q.slice_rows(start, end), kq, states);
+            let boundary = boundaries.slice_rows(chunk * dims.state, (chunk + 1) * dims.state);
+            let records = records.as_mut_ptr();
             for t in 0..rows {
+                let row = Row::new(&inputs, start + t, bias, skip);
+                let dy = dy.row(start + t).as_ptr();
                 let squares = s.splat(sum_of_squares(inputs.k.row(start + t)));
-                let (u, dt, dy) = (inputs.u.row(start + t), inputs.dt.row(start + t), dy.row(start + t));
-                let gate = inputs.gate.map(|z| z.row(start + t));
-                for v in 0..vectors {
-                    let i = v * S::LANES;
-                    let (e, exp) = step_size(s, load(s, dt, i), load_or_zero(s, inputs.t_bias, i), squares);
-                    let r = &mut records[record::<S>(FIELDS, t, v)..][..(FIELDS - 1) * tile + S::LANES];
-                    s.store(&mut r[E * tile..], e);
-                    s.store(&mut r[EU * tile..], s.mul(e, load(s, u, i)));
-                    s.store(&mut r[SLOPE * tile..], s.mul(e, exp));
-                    for field in [Y, S_SUM, M_SUM] {
-                        s.store(&mut r[field * tile..], s.zero());
+                // SAFETY: vectors below `vectors` are in the width and have a record; `full` of them are whole.
+                unsafe {
+                    for v in 0..full {
+                        let r = records.add(record::<S>(FIELDS, t, v));
+                        prepare_backward(s, row, dy, squares, v * S::LANES, S::LANES, r);
                     }
-                    let mut dy = load(s, dy, i);
-                    if let Some(gate) = gate {
-                        let z = load(s, gate, i);
-                        let sigmoid = math::sigmoid(s, z);
-                        let slope = s.mul(sigmoid, s.fma(z, s.sub(one, sigmoid), one));
-                        s.store(&mut r[GATE * tile..], s.mul(dy, slope));
-                        dy = s.mul(dy, s.mul(z, sigmoid));
+                    for v in full..vectors {
+                        let r = records.add(record::<S>(FIELDS, t, v));
+                        prepare_backward(s, row, dy, squares, v * S::LANES, lanes_of::<S>(channels, v), r);
                     }
-                    s.store(&mut r[DY * tile..], dy);
                 }
             }
             for n in (0..states).step_by(STATES) {
                 let sums = &mut sums[..rows * 2 * STATES * S::LANES];
                 sums.fill(0.0);
                 for v in (0..vectors).step_by(VECTORS) {
-                    let mut h = [[s.zero(); VECTORS]; STATES];
-                    for (j, h) in h.iter_mut().enumerate().take(dims.state - n) {
-                        let from = boundaries.row(chunk * dims.state + n + j);
-                        *h = std::array::from_fn(|w| load(s, from, (v + w) * S::LANES));
-                    }
-                    let r = &mut records[record::<S>(FIELDS, 0, v)..][..rows * FIELDS * tile];
-                    let adjoint = &mut adjoint[state_at::<S>(states, n, v)..][..STATES * tile];
-                    let rho = &mut rho[..rows * STATES * tile];
-                    let kq = &kq[..rows * 2 * states];
-                    // SAFETY: the slices have the lengths that the functions ask for; n + STATES <= states.
+                    let h = gather_states(s, boundary, n, v);
+                    let adjoint = adjoint[state_at::<S>(states, n, v)..][..STATES * tile].as_mut_ptr();
+                    // SAFETY: kq, records, rho and sums have room for `rows` rows of `states`, `width` and a tile.
                     unsafe {
+                        let r = records.add(record::<S>(FIELDS, 0, v));
                         let kq = kq.as_ptr().add(n);
-                        recompute(s, rows, kq, states, r.as_mut_ptr(), h, rho.as_mut_ptr(), sums.as_mut_ptr());
-                        let adjoint = adjoint.as_mut_ptr();
-                        retreat(s, rows, kq, states, r.as_mut_ptr(), adjoint, rho.as_ptr(), sums.as_mut_ptr());
+                        recompute(s, rows, kq, states, r, h, rho.as_mut_ptr(), sums.as_mut_ptr());
+                        retreat(s, rows, kq, states, r, adjoint, rho.as_ptr(), sums.as_mut_ptr());
                     }
                 }
-                for t in 0..rows {
+                for (t, sums) in sums.chunks_exact(2 * STATES * S::LANES).enumerate() {
                     let pair = out.pairs.row(start + t);
-                    for j in 0..STATES.min(dims.state - n) {
-                        let sum = |side: usize| s.sum(s.load(&sums[((2 * t + side) * STATES + j) * S::LANES..]));
-                        pair[n + j] = sum(0);
-                        pair[dims.state + n + j] = sum(1);
+                    for (j, sum) in sums.chunks_exact(S::LANES).enumerate() {
+                        let (side, j) = (j / STATES, j % STATES);
+                        if n + j < dims.state {
+                            pair[side * dims.state + n + j] = s.sum(s.load(sum));
+                        }
                     }
                 }
             }
             for t in 0..rows {
-                let u = inputs.u.row(start + t);
-                let (du, ddt) = (out.u.row(start + t), out.dt.row(start + t));
-                let mut dz = out.gate.as_mut().map(|dz| dz.row(start + t));
+                let row = Row::new(&inputs, start + t, bias, skip);
+                let to = RowGradients {
+                    u: out.u.row(start + t).as_mut_ptr(),
+                    dt: out.dt.row(start + t).as_mut_ptr(),
+                    gate: out.gate.as_mut().map(|dz| dz.row(start + t).as_mut_ptr()),
+                    bias: dbias.as_mut_ptr(),
+                    skip: dskip.as_mut_ptr(),
+                };
                 let mut squares = s.zero();
-                for v in 0..vectors {
-                    let i = v * S::LANES;
-                    let r = &records[record::<S>(FIELDS, t, v)..][..(FIELDS - 1) * tile + S::LANES];
-                    let field = |f: usize| s.load(&r[f * tile..]);
-                    let (u, skip) = (load(s, u, i), load_or_zero(s, inputs.skip, i));
-                    let (e, dy) = (field(E), field(DY));
-                    if let Some(dz) = &mut dz {
-                        store(s, dz, i, s.mul(field(GATE), s.fma(skip, u, field(Y))));
+                // SAFETY: as for `prepare_backward`.
+                unsafe {
+                    for v in 0..full {
+                        let r = records.add(record::<S>(FIELDS, t, v));
+                        squares = s.add(squares, finish_backward(s, row, v * S::LANES, S::LANES, r, to));
                     }
-                    store(s, du, i, s.fma(e, field(M_SUM), s.mul(skip, dy)));
-                    let d = s.mul(field(S_SUM), field(SLOPE));
-                    store(s, ddt, i, d);
-                    accumulate(s, dbias, i, d);
-                    accumulate(s, dskip, i, s.mul(dy, u));
-                    squares = s.fma(e, field(S_SUM), squares);
+                    if full * S::LANES < channels {
+                        let r = records.add(record::<S>(FIELDS, t, full));
+                        let lanes = lanes_of::<S>(channels, full);
+                        squares = s.add(squares, finish_backward(s, row, full * S::LANES, lanes, r, to));
+                    }
                 }
                 let squares = 2.0 * s.sum(squares);
                 let dk = &mut out.pairs.row(start + t)[dims.state..];
                 dk.iter_mut().zip(inputs.k.row(start + t)).for_each(|(dk, k)| *dk -= squares * k);
             }
         }
-        let channels = out.per_channel.cols();
         out.per_channel.row(0).copy_from_slice(&dbias[..channels]);
         out.per_channel.row(1).copy_from_slice(&dskip[..channels]);
     }
@@ -483,14 +624,12 @@ unsafe fn advance<S: Simd>(
     let tile = VECTORS * S::LANES;
     // SAFETY: all offsets lie within what the caller promises.
     unsafe {
-        let mut h: [[S::F; VECTORS]; STATES] =
-            std::array::from_fn(|n| std::array::from_fn(|v| s.load_ptr(state.add(n * tile + v * S::LANES))));
+        let mut h = load_states(s, state);
         for t in 0..rows {
             let (k, r) = (kq.add(t * 2 * states), records.add(t * FORWARD_FIELDS * tile));
-            let field = |f: usize, v: usize| r.add(f * tile + v * S::LANES);
-            let e: [S::F; VECTORS] = std::array::from_fn(|v| s.load_ptr(field(E, v)));
-            let eu: [S::F; VECTORS] = std::array::from_fn(|v| s.load_ptr(field(EU, v)));
-            let mut y: [S::F; VECTORS] = std::array::from_fn(|v| s.load_ptr(field(Y, v)));
+            let e = load_tile(s, r.add(E * tile));
+            let eu = load_tile(s, r.add(EU * tile));
+            let mut y = load_tile(s, r.add(Y * tile));
             for n in 0..STATES {
                 let (k, q) = (s.splat(*k.add(n)), s.splat(*k.add(states + n)));
                 for v in 0..VECTORS {
@@ -499,15 +638,9 @@ unsafe fn advance<S: Simd>(
                     y[v] = s.fma(q, h[n][v], y[v]);
                 }
             }
-            for v in 0..VECTORS {
-                s.store_ptr(field(Y, v), y[v]);
-            }
+            store_tile(s, r.add(Y * tile), y);
         }
-        for n in 0..STATES {
-            for v in 0..VECTORS {
-                s.store_ptr(state.add(n * tile + v * S::LANES), h[n][v]);
-            }
-        }
+        store_states(s, state, h);
     }
 }
 
@@ -534,11 +667,10 @@ unsafe fn recompute<S: Simd>(
         for t in 0..rows {
             let (k, r) = (kq.add(t * 2 * states), records.add(t * BACKWARD_FIELDS * tile));
             let (rhos, dq) = (rhos.add(t * STATES * tile), sums.add(t * 2 * STATES * S::LANES));
-            let field = |f: usize, v: usize| r.add(f * tile + v * S::LANES);
-            let e: [S::F; VECTORS] = std::array::from_fn(|v| s.load_ptr(field(E, v)));
-            let eu: [S::F; VECTORS] = std::array::from_fn(|v| s.load_ptr(field(EU, v)));
-            let dy: [S::F; VECTORS] = std::array::from_fn(|v| s.load_ptr(field(DY, v)));
-            let mut y: [S::F; VECTORS] = std::array::from_fn(|v| s.load_ptr(field(Y, v)));
+            let e = load_tile(s, r.add(E * tile));
+            let eu = load_tile(s, r.add(EU * tile));
+            let dy = load_tile(s, r.add(DY * tile));
+            let mut y = load_tile(s, r.add(Y * tile));
             for n in 0..STATES {
                 let (k, q) = (s.splat(*k.add(n)), s.splat(*k.add(states + n)));
                 let mut sum = s.load_ptr(dq.add(n * S::LANES));
@@ -551,9 +683,7 @@ unsafe fn recompute<S: Simd>(
                 }
                 s.store_ptr(dq.add(n * S::LANES), sum);
             }
-            for v in 0..VECTORS {
-                s.store_ptr(field(Y, v), y[v]);
-            }
+            store_tile(s, r.add(Y * tile), y);
         }
     }
 }
@@ -578,17 +708,15 @@ unsafe fn retreat<S: Simd>(
     let tile = VECTORS * S::LANES;
     // SAFETY: all offsets lie within what the caller promises.
     unsafe {
-        let mut lambda: [[S::F; VECTORS]; STATES] =
-            std::array::from_fn(|n| std::array::from_fn(|v| s.load_ptr(adjoint.add(n * tile + v * S::LANES))));
+        let mut lambda = load_states(s, adjoint);
         for t in (0..rows).rev() {
             let (k, r) = (kq.add(t * 2 * states), records.add(t * BACKWARD_FIELDS * tile));
             let (rhos, dk) = (rhos.add(t * STATES * tile), sums.add((t * 2 + 1) * STATES * S::LANES));
-            let field = |f: usize, v: usize| r.add(f * tile + v * S::LANES);
-            let e: [S::F; VECTORS] = std::array::from_fn(|v| s.load_ptr(field(E, v)));
-            let eu: [S::F; VECTORS] = std::array::from_fn(|v| s.load_ptr(field(EU, v)));
-            let dy: [S::F; VECTORS] = std::array::from_fn(|v| s.load_ptr(field(DY, v)));
-            let mut s_sum: [S::F; VECTORS] = std::array::from_fn(|v| s.load_ptr(field(S_SUM, v)));
-            let mut m_sum: [S::F; VECTORS] = std::array::from_fn(|v| s.load_ptr(field(M_SUM, v)));
+            let e = load_tile(s, r.add(E * tile));
+            let eu = load_tile(s, r.add(EU * tile));
+            let dy = load_tile(s, r.add(DY * tile));
+            let mut s_sum = load_tile(s, r.add(S_SUM * tile));
+            let mut m_sum = load_tile(s, r.add(M_SUM * tile));
             for n in 0..STATES {
                 let (k, q) = (s.splat(*k.add(n)), s.splat(*k.add(states + n)));
                 let mut sum = s.load_ptr(dk.add(n * S::LANES));
@@ -603,15 +731,9 @@ unsafe fn retreat<S: Simd>(
                 }
                 s.store_ptr(dk.add(n * S::LANES), sum);
             }
-            for v in 0..VECTORS {
-                s.store_ptr(field(S_SUM, v), s_sum[v]);
-                s.store_ptr(field(M_SUM, v), m_sum[v]);
-            }
+            store_tile(s, r.add(S_SUM * tile), s_sum);
+            store_tile(s, r.add(M_SUM * tile), m_sum);
         }
-        for n in 0..STATES {
-            for v in 0..VECTORS {
-                s.store_ptr(adjoint.add(n * tile + v * S::LANES), lambda[n][v]);
-            }
-        }
+        store_states(s, adjoint, lambda);
     }
 }

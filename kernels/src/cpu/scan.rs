@@ -126,9 +126,158 @@ impl<'a> Carve<'a> {
     }
 }
 
+/// The first `lanes` floats at `from`, and zeros. With the constant `S::LANES` it is a plain load.
+///
+/// # Safety
+/// `from` must be valid for `lanes` reads.
+#[inline(always)]
+pub(super) unsafe fn load_lanes<S: Simd>(s: S, from: *const f32, lanes: usize) -> S::F {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if lanes == S::LANES {
+            s.load_ptr(from)
+        } else {
+            s.load_partial(std::slice::from_raw_parts(from, lanes), lanes)
+        }
+    }
+}
+
+/// Writes the first `lanes` lanes.
+///
+/// # Safety
+/// `to` must be valid for `lanes` writes.
+#[inline(always)]
+pub(super) unsafe fn store_lanes<S: Simd>(s: S, to: *mut f32, lanes: usize, v: S::F) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if lanes == S::LANES {
+            s.store_ptr(to, v);
+        } else {
+            s.store_partial(std::slice::from_raw_parts_mut(to, lanes), lanes, v);
+        }
+    }
+}
+
+/// `to += v`
+///
+/// # Safety
+/// `to` must be valid for `S::LANES` reads and writes.
+#[inline(always)]
+pub(super) unsafe fn accumulate<S: Simd>(s: S, to: *mut f32, v: S::F) {
+    // SAFETY: the caller's promise.
+    unsafe { s.store_ptr(to, s.add(s.load_ptr(to), v)) }
+}
+
+/// The vectors of a tile at `from`.
+///
+/// # Safety
+/// `from` must be valid for `VECTORS * S::LANES` reads.
+#[inline(always)]
+pub(super) unsafe fn load_tile<S: Simd>(s: S, from: *const f32) -> [S::F; VECTORS] {
+    let mut tile = [s.zero(); VECTORS];
+    for (v, x) in tile.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *x = unsafe { s.load_ptr(from.add(v * S::LANES)) };
+    }
+    tile
+}
+
+/// Writes the vectors of a tile to `to`.
+///
+/// # Safety
+/// `to` must be valid for `VECTORS * S::LANES` writes.
+#[inline(always)]
+pub(super) unsafe fn store_tile<S: Simd>(s: S, to: *mut f32, tile: [S::F; VECTORS]) {
+    for (v, &x) in tile.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { s.store_ptr(to.add(v * S::LANES), x) };
+    }
+}
+
+/// A tile of states at `from` (`[STATES, VECTORS, LANES]`).
+///
+/// # Safety
+/// `from` must be valid for `STATES * VECTORS * S::LANES` reads.
+#[inline(always)]
+pub(super) unsafe fn load_states<S: Simd>(s: S, from: *const f32) -> [[S::F; VECTORS]; STATES] {
+    let mut states = [[s.zero(); VECTORS]; STATES];
+    for (n, x) in states.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *x = unsafe { load_tile(s, from.add(n * VECTORS * S::LANES)) };
+    }
+    states
+}
+
+/// The reverse of [`load_states`].
+///
+/// # Safety
+/// `to` must be valid for `STATES * VECTORS * S::LANES` writes.
+#[inline(always)]
+pub(super) unsafe fn store_states<S: Simd>(s: S, to: *mut f32, states: [[S::F; VECTORS]; STATES]) {
+    for (n, &x) in states.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { store_tile(s, to.add(n * VECTORS * S::LANES), x) };
+    }
+}
+
+/// States `n..` of vectors `v..` of `[N, channels]`, with zeros for missing states and channels.
+#[inline(always)]
+pub(super) fn gather_states<S: Simd>(s: S, from: Rows<'_>, n: usize, v: usize) -> [[S::F; VECTORS]; STATES] {
+    let mut states = [[s.zero(); VECTORS]; STATES];
+    for (j, x) in states.iter_mut().enumerate() {
+        if n + j < from.rows() {
+            let row = from.row(n + j);
+            for (w, x) in x.iter_mut().enumerate() {
+                *x = load(s, row, (v + w) * S::LANES);
+            }
+        }
+    }
+    states
+}
+
+/// Lanes of vector `v` that belong to one of the `channels`.
+#[inline(always)]
+pub(super) fn lanes_of<S: Simd>(channels: usize, v: usize) -> usize {
+    channels.saturating_sub(v * S::LANES).min(S::LANES)
+}
+
+/// `2^x` for `x <= 127`; at least `2^-126`.
+///
+/// The scans raise `e` to negative powers `N` times per channel and row, so this one leaves out what such powers
+/// do not need (large results, subnormal ones) and takes the factor `log2 e` from its caller, who has a constant to
+/// fold it into. The relative error is below 2e-7.
+#[inline(always)]
+pub(super) fn exp2<S: Simd>(s: S, x: S::F) -> S::F {
+    // `max` returns its second argument on NaN, which then stays NaN
+    let x = s.max(s.splat(-126.0), x);
+    // the sum holds the nearest integer of x in its low bits, which the shift moves to the exponent
+    let magic = s.splat(12_582_912.0);
+    let shifted = s.add(x, magic);
+    let r = s.sub(x, s.sub(shifted, magic));
+    // relative minimax of 2^r on [-1/2, 1/2] with 2^0 = 1
+    let mut p = s.splat(1.326_472_7e-3);
+    for c in [9.671_513e-3, 5.550_733_6e-2, 0.240_222_42, 0.693_147, 1.0] {
+        p = s.fma(p, r, s.splat(c));
+    }
+    s.from_bits(s.add_i(s.bits(p), s.shl::<23>(s.bits(shifted))))
+}
+
+/// `e^-x`, between `2^-126` and `2^126`.
+#[inline(always)]
+pub(super) fn exp_neg<S: Simd>(s: S, x: S::F) -> S::F {
+    exp2(s, s.min(s.splat(126.0), s.mul(x, s.splat(-std::f32::consts::LOG2_E))))
+}
+
+/// `1 / (1 + e^-x)`
+#[inline(always)]
+pub(super) fn sigmoid<S: Simd>(s: S, x: S::F) -> S::F {
+    let one = s.splat(1.0);
+    s.div(one, s.add(one, exp_neg(s, x)))
+}
+
 /// The vector at `row[i..]`, with zeros past the end.
 #[inline(always)]
-pub(super) fn load<S: Simd>(s: S, row: &[f32], i: usize) -> S::F {
+fn load<S: Simd>(s: S, row: &[f32], i: usize) -> S::F {
     if i + S::LANES <= row.len() {
         s.load(&row[i..])
     } else if i < row.len() {
@@ -138,31 +287,15 @@ pub(super) fn load<S: Simd>(s: S, row: &[f32], i: usize) -> S::F {
     }
 }
 
-/// As [`load`], zeros where there is no row.
-#[inline(always)]
-pub(super) fn load_or_zero<S: Simd>(s: S, row: Option<&[f32]>, i: usize) -> S::F {
-    match row {
-        Some(row) => load(s, row, i),
-        None => s.zero(),
-    }
-}
-
 /// Writes the vector to `row[i..]`, up to the end.
 #[inline(always)]
-pub(super) fn store<S: Simd>(s: S, row: &mut [f32], i: usize, v: S::F) {
+fn store<S: Simd>(s: S, row: &mut [f32], i: usize, v: S::F) {
     if i + S::LANES <= row.len() {
         s.store(&mut row[i..], v);
     } else if i < row.len() {
         let n = row.len() - i;
         s.store_partial(&mut row[i..], n, v);
     }
-}
-
-/// `to[i..] += v`
-#[inline(always)]
-pub(super) fn accumulate<S: Simd>(s: S, to: &mut [f32], i: usize, v: S::F) {
-    let sum = s.add(s.load(&to[i..]), v);
-    s.store(&mut to[i..], sum);
 }
 
 /// Where vector `v` of the channels has its record of `fields` vectors for row `t` of a chunk: field `f` is at
@@ -187,6 +320,13 @@ pub(super) fn pack_states<S: Simd>(s: S, from: Rows<'_>, to: &mut [f32], states:
             s.store(&mut to[state_at::<S>(states, n, v)..], load(s, row, v * S::LANES));
         }
     }
+}
+
+/// Copies a parameter of some channels to `to`, with zeros for missing channels, or all zeros.
+pub(super) fn pack_channels(from: Option<&[f32]>, to: &mut [f32]) {
+    let from = from.unwrap_or_default();
+    to[..from.len()].copy_from_slice(from);
+    to[from.len()..].fill(0.0);
 }
 
 /// The reverse of [`pack_states`].
