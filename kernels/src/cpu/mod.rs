@@ -18,6 +18,7 @@ pub mod optimizer;
 pub mod reduce;
 pub mod retention;
 pub mod rotary;
+pub mod scan;
 pub mod selective_scan;
 pub mod token_shift;
 pub mod wkv;
