@@ -5,6 +5,7 @@ pub mod simd;
 pub mod threads;
 
 pub mod attention;
+mod chunked;
 pub mod conv1d;
 pub mod cross_entropy;
 pub mod embedding;
