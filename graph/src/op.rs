@@ -35,7 +35,7 @@ impl From<&str> for OpError {
 /// A trained tensor that an op asks for.
 #[derive(Clone, Debug)]
 pub struct Parameter {
-    /// The name behind the row's path: `weight` of row `h.0.attn` is `h.0.attn.weight`.
+    /// The name behind the row's path: `weight` of row `h.0.attn` is `h.0.attn.weight`. Empty: the path itself.
     pub name: String,
     /// Its shape.
     pub shape: Vec<usize>,
@@ -59,8 +59,6 @@ pub enum View {
     Columns(Vec<usize>),
     /// Input `i` lies in output 0 from the `i`th of these columns on.
     Gather(Vec<usize>),
-    /// Output 0 is input 0 in another shape.
-    Reshape,
 }
 
 /// Work of one launch.
@@ -146,6 +144,12 @@ pub trait Op: fmt::Debug + Send + Sync + 'static {
     /// follow.
     fn view(&self, _inputs: &[TensorType]) -> Option<View> {
         None
+    }
+
+    /// Pairs (output, input) that may be the same memory where the input is read for the last time. Elementwise
+    /// ops allow all of them.
+    fn in_place(&self) -> Vec<(usize, usize)> {
+        Vec::new()
     }
 
     /// Pairs (output, input) that must be the same memory: the op updates the input.

@@ -10,8 +10,9 @@ use crate::components::{Inputs, Name, OpRef, Options, Outputs, ParameterOf, Para
 use crate::diagnostic::{Diagnostic, Errors};
 use crate::op::{Cost, NodeView, Parameter};
 use crate::systems::allocate::{Layout, Located};
+use crate::systems::in_place::InPlace;
 use crate::systems::order::Order;
-use crate::systems::simplify::{InPlace, NoLaunch};
+use crate::systems::simplify::NoLaunch;
 use crate::types::TensorType;
 use crate::world::{NodeId, ValueId, World};
 

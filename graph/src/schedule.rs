@@ -27,6 +27,7 @@ impl Default for Schedule {
             required("update", systems::update::update),
             optional("simplify", systems::simplify::simplify),
             required("order", systems::order::order),
+            optional("in_place", systems::in_place::in_place),
             required("allocate", systems::allocate::allocate),
         ])
     }

@@ -166,9 +166,8 @@ impl Scan {
         let mut pair = Strided::zeros(dims.rows(), 2 * n);
         let pair_rows = pair.as_mut();
         // SAFETY: the columns differ.
-        let (dq, dk) = unsafe {
-            (pair_rows.shared_block(0..dims.rows(), 0..n), pair_rows.shared_block(0..dims.rows(), n..2 * n))
-        };
+        let (dq, dk) =
+            unsafe { (pair_rows.shared_block(0..dims.rows(), 0..n), pair_rows.shared_block(0..dims.rows(), n..2 * n)) };
         let mut dbias = x.bias.as_ref().map(|_| vec![f32::NAN; dims.channels]);
         let mut dskip = x.skip.as_ref().map(|_| vec![f32::NAN; dims.channels]);
         let da_log = vec![f32::NAN; dims.channels * n];
@@ -477,10 +476,8 @@ fn speed() {
                 let start = std::time::Instant::now();
                 pool.install(|| {
                     let y = RowsMut::contiguous(&mut y, dims.channels);
-                    let inputs = Data::longhorn(
-                        [channels(&u), channels(&dt), states(&q), states(&k), channels(&z)],
-                        &x,
-                    );
+                    let inputs =
+                        Data::longhorn([channels(&u), channels(&dt), states(&q), states(&k), channels(&z)], &x);
                     match scan {
                         Longhorn => longhorn::forward(dims, &inputs, y, None, Some(&mut boundaries)),
                         Mamba => {}
@@ -495,11 +492,10 @@ fn speed() {
                     let (dq, dk) = unsafe {
                         (pair.shared_block(0..dims.rows(), 0..n), pair.shared_block(0..dims.rows(), n..2 * n))
                     };
-                    let inputs = Data::longhorn(
-                        [channels(&u), channels(&dt), states(&q), states(&k), channels(&z)],
-                        &x,
-                    );
-                    let (du, ddt) = (RowsMut::contiguous(&mut du, dims.channels), RowsMut::contiguous(&mut ddt, dims.channels));
+                    let inputs =
+                        Data::longhorn([channels(&u), channels(&dt), states(&q), states(&k), channels(&z)], &x);
+                    let (du, ddt) =
+                        (RowsMut::contiguous(&mut du, dims.channels), RowsMut::contiguous(&mut ddt, dims.channels));
                     let gate = Some(RowsMut::contiguous(&mut dz, dims.channels));
                     let (t_bias, skip) = (Some(&mut dbias[..]), Some(&mut dskip[..]));
                     match scan {
@@ -510,7 +506,9 @@ fn speed() {
                             &boundaries,
                             longhorn::Gradients { u: du, dt: ddt, q: dq, k: dk, t_bias, skip, gate },
                         ),
-                        Mamba => {da_log[0] = 0.0;}
+                        Mamba => {
+                            da_log[0] = 0.0;
+                        }
                     }
                 });
                 best_backward = best_backward.min(start.elapsed().as_secs_f64());

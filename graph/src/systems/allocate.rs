@@ -1,7 +1,7 @@
 //! `allocate`: an offset for every value, from liveness over the launch order.
 //!
 //! Reads the resources `Order`, `Inputs`, `Outputs`, `States`, `Parameters`; `TensorType`, `Role`, `OpRef`,
-//! `Alias`, `InPlace`. Writes `Located` of values and the resource `Layout`.
+//! `Alias`. Writes `Located` of values and the resource `Layout`.
 //!
 //! Parameters, states and what the host touches have regions of their own, in a fixed order, so that programs
 //! of one model share them. In the arena, values are placed by decreasing size, each into the smallest gap
@@ -114,18 +114,17 @@ fn shared_with(world: &World, value: ValueId) -> Option<Alias> {
     Some(Alias { of: world.inputs(node)[input], column: 0 })
 }
 
+/// The value that owns the memory of `value`.
+pub(super) fn root_of(world: &World, value: ValueId) -> ValueId {
+    locate(world, value).0
+}
+
 /// The value that owns the memory, the first column in it, and the elements between rows.
 fn locate(world: &World, value: ValueId) -> (ValueId, usize, usize) {
     let own = world.expect::<TensorType>(value);
     let Some(alias) = shared_with(world, value) else { return (value, 0, own.cols()) };
     let (root, column, stride) = locate(world, alias.of);
-    let of = world.expect::<TensorType>(alias.of);
-    let reshaped = own.rows() != of.rows() && own.cols() != of.cols();
-    (root, column + alias.column, if reshaped { own.cols() } else { stride })
-}
-
-fn root_of(world: &World, value: ValueId) -> ValueId {
-    locate(world, value).0
+    (root, column + alias.column, stride)
 }
 
 /// The values that own memory, with the launches between which they are alive.

@@ -88,7 +88,8 @@ fn infer_node(
                 value
             }
             None => {
-                let full = format!("{name}.{}", wanted.name);
+                let dot = if wanted.name.is_empty() { "" } else { "." };
+                let full = format!("{name}{dot}{}", wanted.name);
                 let value = add_source(world, &full, TensorType::f32(wanted.shape.clone()), Role::Parameter);
                 world.set(value, Decays(wanted.shape.len() >= 2));
                 world.set(value, ParameterOf(crate::op::Parameter { name: full.clone(), ..wanted }));

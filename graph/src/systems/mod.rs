@@ -4,6 +4,7 @@
 pub mod allocate;
 pub mod differentiate;
 pub mod expand;
+pub mod in_place;
 pub mod infer;
 pub mod order;
 pub mod simplify;

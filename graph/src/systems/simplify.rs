@@ -3,7 +3,7 @@
 //!
 //! Reads the topology, `OpRef`, `TensorType`, `Role`, `Phase`; the resources `Outputs`, `Options`.
 //! Writes the topology; `Alias` of values that lie inside of another, `NoLaunch` of nodes whose work that
-//! saves, `InPlace` of nodes that may overwrite an input.
+//! saves.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -29,10 +29,6 @@ pub struct Alias {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoLaunch;
 
-/// Of nodes: pairs (output, input) that share memory since the input is read for the last time.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct InPlace(pub Vec<(usize, usize)>);
-
 /// See the [module](self).
 ///
 /// # Errors
@@ -41,7 +37,6 @@ pub fn simplify(world: &mut World) -> Result<(), Errors> {
     remove_dead(world);
     merge_equal(world);
     views(world).map_err(|e| Errors::from(Diagnostic::new(e.0)))?;
-    in_place(world);
     Ok(())
 }
 
@@ -95,19 +90,18 @@ fn may_have_gaps(world: &World, value: ValueId) -> bool {
         && world.consumers(value).into_iter().all(|(n, _)| strided(n))
 }
 
-fn is_output(world: &World, value: ValueId) -> bool {
+pub(super) fn is_output(world: &World, value: ValueId) -> bool {
     world.resource::<Outputs>().is_some_and(|o| o.0.values().any(|v| *v == value))
 }
 
 /// Whether a value is updated in place somewhere, so that nothing may share its memory.
-fn is_updated(world: &World, value: ValueId) -> bool {
+pub(super) fn is_updated(world: &World, value: ValueId) -> bool {
     let by = |(node, port): (NodeId, usize)| world.expect::<OpRef>(node).0.updates().iter().any(|u| u.1 == port);
     let from = |(node, port): (NodeId, usize)| world.expect::<OpRef>(node).0.updates().iter().any(|u| u.0 == port);
     world.consumers(value).into_iter().any(by) || world.producer(value).is_some_and(from)
 }
 
-/// Lets the outputs of splits lie in their input, the inputs of concatenations in the output, and reshaped
-/// tensors where they are.
+/// Lets the outputs of splits lie in their input, and the inputs of concatenations in the output.
 fn views(world: &mut World) -> Result<(), OpError> {
     for node in world.topological().expect("`expand` reports cycles") {
         let op = world.expect::<OpRef>(node).0.clone();
@@ -154,70 +148,7 @@ fn views(world: &mut World) -> Result<(), OpError> {
                 }
                 world.set(node, NoLaunch);
             }
-            View::Reshape => {
-                let gaps = gaps(world, inputs[0]);
-                let same_cols = types[0].cols() == world.expect::<TensorType>(outputs[0]).cols();
-                let readable = !is_output(world, outputs[0])
-                    && !is_updated(world, outputs[0])
-                    && !is_updated(world, inputs[0])
-                    && (!gaps || (same_cols && may_have_gaps(world, outputs[0])));
-                if readable {
-                    world.set(outputs[0], Alias { of: inputs[0], column: 0 });
-                    world.set(node, NoLaunch);
-                }
-            }
         }
     }
     Ok(())
-}
-
-/// Whether a value lies among the columns of a wider one.
-fn gaps(world: &World, value: ValueId) -> bool {
-    let Some(alias) = world.get::<Alias>(value) else { return false };
-    world.expect::<TensorType>(alias.of).cols() != world.expect::<TensorType>(value).cols() || gaps(world, alias.of)
-}
-
-/// Lets elementwise nodes overwrite an input that nobody else reads.
-fn in_place(world: &mut World) {
-    let aliased: HashSet<ValueId> =
-        world.values().into_iter().filter_map(|v| world.get::<Alias>(v).map(|a| a.of)).collect();
-    for node in world.topological().expect("`expand` reports cycles") {
-        let op = world.expect::<OpRef>(node).0.clone();
-        let inputs = world.inputs(node);
-        if !op.updates().is_empty() || op.expression(inputs.len()).is_none() {
-            continue;
-        }
-        let mut pairs: Vec<(usize, usize)> = Vec::new();
-        for (o, &output) in world.outputs(node).iter().enumerate() {
-            if aliased.contains(&output) || world.get::<Alias>(output).is_some() || is_output(world, output) {
-                continue;
-            }
-            let free = inputs.iter().enumerate().find(|(i, v)| {
-                !pairs.iter().any(|p| p.1 == *i)
-                    && matches!(world.expect::<Role>(**v), Role::Activation | Role::Gradient)
-                    && world.producer(**v).is_some()
-                    && world.consumers(**v).len() == 1
-                    && !aliased.contains(*v)
-                    && world.get::<Alias>(**v).is_none_or(|a| a.column == 0 && full(world, **v))
-                    && !is_output(world, **v)
-                    && !is_updated(world, **v)
-                    && world.expect::<TensorType>(**v) == world.expect::<TensorType>(output)
-            });
-            if let Some((i, &input)) = free {
-                pairs.push((o, i));
-                world.set(output, Alias { of: input, column: 0 });
-            }
-        }
-        if !pairs.is_empty() {
-            world.set(node, InPlace(pairs));
-        }
-    }
-}
-
-/// Whether a value is an alias that an earlier in-place update made: all of another value's memory, which
-/// nobody reads any more.
-fn full(world: &World, value: ValueId) -> bool {
-    world
-        .producer(value)
-        .is_some_and(|(node, port)| world.get::<InPlace>(node).is_some_and(|p| p.0.iter().any(|pair| pair.0 == port)))
 }

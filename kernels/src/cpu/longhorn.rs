@@ -88,8 +88,7 @@ impl<'a> Inputs<'a> {
 
     /// What a task reads: one sequence, some channels.
     fn block(&self, rows: std::ops::Range<usize>, channels: std::ops::Range<usize>) -> Inputs<'a> {
-        let block =
-            |x: Rows<'a>| x.slice_rows(rows.start, rows.end).slice_cols(channels.start, channels.end);
+        let block = |x: Rows<'a>| x.slice_rows(rows.start, rows.end).slice_cols(channels.start, channels.end);
         Inputs {
             u: block(self.u),
             dt: block(self.dt),
@@ -192,8 +191,7 @@ pub fn backward(dims: Dims, inputs: &Inputs<'_>, dy: Rows<'_>, boundaries: &[f32
                 // SAFETY: tasks differ in the sequence or in the channels.
                 per_channel: unsafe { shared_per_channel.shared_block(2 * b..2 * b + 2, channels.clone()) },
             };
-            let boundaries =
-                boundaries.slice_rows(b * c, (b + 1) * c).slice_cols(channels.start, channels.end);
+            let boundaries = boundaries.slice_rows(b * c, (b + 1) * c).slice_cols(channels.start, channels.end);
             let dy = dy.slice_rows(rows.start, rows.end).slice_cols(channels.start, channels.end);
             with_scratch(backward_scratch(&dims, split.width), |scratch| {
                 let inputs = inputs.block(rows.clone(), channels.clone());
@@ -384,14 +382,7 @@ struct RowGradients {
 /// # Safety
 /// As for [`prepare_backward`]; `out` are the rows and sums of the same channels.
 #[inline(always)]
-unsafe fn finish_backward<S: Simd>(
-    s: S,
-    row: Row,
-    i: usize,
-    lanes: usize,
-    r: *const f32,
-    out: RowGradients,
-) -> S::F {
+unsafe fn finish_backward<S: Simd>(s: S, row: Row, i: usize, lanes: usize, r: *const f32, out: RowGradients) -> S::F {
     let tile = VECTORS * S::LANES;
     // SAFETY: the caller's promise.
     unsafe {
@@ -613,14 +604,7 @@ fn sum_of_squares(k: &[f32]) -> f32 {
 /// `kq` points to the tile's first state in `[rows, 2, states]`, `records` to `[rows, FORWARD_FIELDS, tile]`
 /// and `h` to `[STATES, tile]` floats.
 #[inline(always)]
-unsafe fn advance<S: Simd>(
-    s: S,
-    rows: usize,
-    kq: *const f32,
-    states: usize,
-    records: *mut f32,
-    state: *mut f32,
-) {
+unsafe fn advance<S: Simd>(s: S, rows: usize, kq: *const f32, states: usize, records: *mut f32, state: *mut f32) {
     let tile = VECTORS * S::LANES;
     // SAFETY: all offsets lie within what the caller promises.
     unsafe {
