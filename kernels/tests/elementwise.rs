@@ -380,6 +380,8 @@ fn masks_are_the_same_in_every_layout() {
 #[test]
 #[ignore = "prints timings"]
 fn speed() {
+    let only = std::env::var("ONLY").unwrap_or_default();
+    let repeats = if only.is_empty() { 4 } else { 20 };
     let several = |n: usize| {
         Program::new(2, move |b, x| {
             let mut y = x[0];
@@ -407,7 +409,7 @@ fn speed() {
     ];
     for (rows, cols) in [(64, 1024), (8192, 1024), (131072, 64)] {
         println!("{rows} x {cols}");
-        for (name, program) in &programs {
+        for (name, program) in programs.iter().filter(|p| p.0.contains(&only)) {
             let inputs: Vec<Vec<f32>> = (0..program.inputs()).map(|i| noise(rows * cols, i as u64)).collect();
             let operands: Vec<Operand> = inputs.iter().map(|x| Operand::Full(Rows::contiguous(x, cols))).collect();
             let used = (0..program.inputs()).filter(|&i| program.uses_input(i)).count();
@@ -416,7 +418,7 @@ fn speed() {
             let compiled = Compiled::new(program);
             for threads in [1, 2] {
                 let seconds = on_threads(threads, || {
-                    (0..if rows < 100 { 50 } else { 4 })
+                    (0..if rows < 100 { 50 } else { repeats })
                         .map(|_| {
                             let start = std::time::Instant::now();
                             compiled.run(&operands, &mut outputs, 0, 0);
