@@ -22,6 +22,16 @@ pub(super) enum Start {
     Bias(*const f32),
 }
 
+impl Start {
+    /// The start of a tile some columns further.
+    pub fn skip(self, columns: usize) -> Self {
+        match self {
+            Start::Bias(p) => Start::Bias(p.wrapping_add(columns)),
+            other => other,
+        }
+    }
+}
+
 /// One tile of the result, `[rows, cols]` with `cols` at most the vectors of the tile.
 ///
 /// Element `(r, k)` of a lies at `a + r + k * a_step`, or at `a + r * a_step + k` where `a` is read along `k`;
@@ -60,6 +70,8 @@ pub(super) struct Dot {
 pub(super) const DOT_X: usize = 4;
 /// Most rows y of a [`Dot`].
 pub(super) const DOT_Y: usize = 4;
+/// Rows by which a [`Dot`] prefetches.
+const AHEAD: usize = 8;
 /// Vectors of the tile of one row.
 pub(super) const WIDE: usize = 8;
 
@@ -106,6 +118,12 @@ pub(super) trait Kernel: Simd {
         to_step: usize,
     );
 
+    /// Adds `rows` rows of `cols <= LANES` elements, which are `LANES` apart, to `start` and stores them.
+    ///
+    /// # Safety
+    /// `from` must be valid for whole vectors and `to` for the elements.
+    unsafe fn add_rows(self, from: *const f32, rows: usize, cols: usize, to: *mut f32, to_step: usize, start: Start);
+
     /// Copies `rows` rows of `cols <= NR` elements as rows of `width` (whole vectors), zero past `cols`.
     ///
     /// # Safety
@@ -142,6 +160,17 @@ unsafe fn load<S: Simd, const V: usize>(s: S, p: *const f32, last: usize) -> [S:
         row[V - 1] = if last == S::LANES { s.load_ptr(end) } else { partial(s, end, last) };
     }
     row
+}
+
+/// Asks for the line at `p`, which need not exist.
+#[inline(always)]
+fn prefetch(p: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch never faults.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast())
+    }
+    let _ = p;
 }
 
 /// The body for every row below `$n`, each written out: the accumulators stay in registers only if every index
@@ -214,24 +243,28 @@ unsafe fn tile<S: Simd, const R: usize, const V: usize, const ALONG_K: bool>(s: 
 unsafe fn dot<S: Simd, const X: usize, const Y: usize>(s: S, d: &Dot) {
     // SAFETY: the caller promises that rows and result are valid.
     unsafe {
-        // two sums per product, so that a single pair of rows does not wait for one chain of FMA
+        // chains of FMA: enough to hide its latency, few enough for the registers
+        let chains = if X * Y >= 8 { 1 } else { 2 };
         let mut acc = [[[s.zero(); 2]; Y]; X];
         let mut k = 0;
-        while k + 2 * S::LANES <= d.k {
-            for half in 0..2 {
+        while k + chains * S::LANES <= d.k {
+            for half in 0..chains {
                 let at = k + half * S::LANES;
                 let mut x = [s.zero(); X];
                 for i in 0..X {
                     x[i] = s.load_ptr(d.x.add(i * d.x_step + at));
                 }
                 for j in 0..Y {
-                    let y = s.load_ptr(d.y.add(j * d.y_step + at));
+                    let y = d.y.add(j * d.y_step + at);
+                    // the rows of the next tile
+                    prefetch(y.wrapping_add(AHEAD * d.y_step));
+                    let y = s.load_ptr(y);
                     for i in 0..X {
                         acc[i][j][half] = s.fma(x[i], y, acc[i][j][half]);
                     }
                 }
             }
-            k += 2 * S::LANES;
+            k += chains * S::LANES;
         }
         while k < d.k {
             let n = (d.k - k).min(S::LANES);
@@ -292,6 +325,31 @@ unsafe fn copy<S: Simd>(
                     c += S::LANES;
                 }
             }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn add_rows<S: Simd>(
+    s: S,
+    from: *const f32,
+    rows: usize,
+    cols: usize,
+    to: *mut f32,
+    to_step: usize,
+    start: Start,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let bias = match start {
+            Start::Bias(p) => partial(s, p, cols),
+            _ => s.zero(),
+        };
+        for r in 0..rows {
+            let c = to.add(r * to_step);
+            let start = if matches!(start, Start::Accumulate) { partial(s, c, cols) } else { bias };
+            let sum = s.add(start, s.load_ptr(from.add(r * S::LANES)));
+            s.store_partial(std::slice::from_raw_parts_mut(c, cols), cols, sum);
         }
     }
 }
@@ -358,6 +416,22 @@ macro_rules! kernel {
                     => $transpose(s, from, from_step, rows, cols, to, to_step));
                 // SAFETY: as above.
                 unsafe { transpose_fn(self, from, from_step, rows, cols, to, to_step) }
+            }
+
+            unsafe fn add_rows(
+                self,
+                from: *const f32,
+                rows: usize,
+                cols: usize,
+                to: *mut f32,
+                to_step: usize,
+                start: Start,
+            ) {
+                kernel!(@fn $features add_fn<>
+                    (s: $level, from: *const f32, rows: usize, cols: usize, to: *mut f32, to_step: usize, start: Start)
+                    => add_rows(s, from, rows, cols, to, to_step, start));
+                // SAFETY: as above.
+                unsafe { add_fn(self, from, rows, cols, to, to_step, start) }
             }
 
             unsafe fn copy(
