@@ -70,8 +70,6 @@ pub(super) struct Dot {
 pub(super) const DOT_X: usize = 4;
 /// Most rows y of a [`Dot`].
 pub(super) const DOT_Y: usize = 4;
-/// Rows by which a [`Dot`] prefetches.
-const AHEAD: usize = 8;
 /// Vectors of the tile of one row.
 pub(super) const WIDE: usize = 8;
 
@@ -162,17 +160,6 @@ unsafe fn load<S: Simd, const V: usize>(s: S, p: *const f32, last: usize) -> [S:
     row
 }
 
-/// Asks for the line at `p`, which need not exist.
-#[inline(always)]
-fn prefetch(p: *const f32) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch never faults.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast())
-    }
-    let _ = p;
-}
-
 /// The body for every row below `$n`, each written out: the accumulators stay in registers only if every index
 /// into them is a constant.
 macro_rules! for_rows {
@@ -238,47 +225,57 @@ unsafe fn tile<S: Simd, const R: usize, const V: usize, const ALONG_K: bool>(s: 
     }
 }
 
+/// The lanes of a dot product of `k` elements, in four chains of FMA.
+#[inline(always)]
+unsafe fn long_dot<S: Simd>(s: S, x: *const f32, y: *const f32, k: usize) -> S::F {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut acc = [s.zero(); 4];
+        let mut at = 0;
+        while at + 4 * S::LANES <= k {
+            for (i, acc) in acc.iter_mut().enumerate() {
+                let at = at + i * S::LANES;
+                *acc = s.fma(s.load_ptr(x.add(at)), s.load_ptr(y.add(at)), *acc);
+            }
+            at += 4 * S::LANES;
+        }
+        while at < k {
+            let n = (k - at).min(S::LANES);
+            let ([x], [y]) = (load::<S, 1>(s, x.add(at), n), load::<S, 1>(s, y.add(at), n));
+            acc[0] = s.fma(x, y, acc[0]);
+            at += n;
+        }
+        s.add(s.add(acc[0], acc[1]), s.add(acc[2], acc[3]))
+    }
+}
+
 /// See [`Dot`].
 #[inline(always)]
 unsafe fn dot<S: Simd, const X: usize, const Y: usize>(s: S, d: &Dot) {
     // SAFETY: the caller promises that rows and result are valid.
     unsafe {
-        // chains of FMA: enough to hide its latency, few enough for the registers
-        let chains = if X * Y >= 8 { 1 } else { 2 };
-        let mut acc = [[[s.zero(); 2]; Y]; X];
-        let mut k = 0;
-        while k + chains * S::LANES <= d.k {
-            for half in 0..chains {
-                let at = k + half * S::LANES;
+        let mut acc = [[s.zero(); Y]; X];
+        if X == 1 && d.k >= 16 * S::LANES {
+            // one row after the other, in the order of memory: that is how it comes fastest
+            for j in 0..Y {
+                acc[0][j] = long_dot(s, d.x, d.y.add(j * d.y_step), d.k);
+            }
+        } else {
+            let mut k = 0;
+            while k < d.k {
+                let n = (d.k - k).min(S::LANES);
                 let mut x = [s.zero(); X];
                 for i in 0..X {
-                    x[i] = s.load_ptr(d.x.add(i * d.x_step + at));
+                    [x[i]] = load::<S, 1>(s, d.x.add(i * d.x_step + k), n);
                 }
                 for j in 0..Y {
-                    let y = d.y.add(j * d.y_step + at);
-                    // the rows of the next tile
-                    prefetch(y.wrapping_add(AHEAD * d.y_step));
-                    let y = s.load_ptr(y);
+                    let [y] = load::<S, 1>(s, d.y.add(j * d.y_step + k), n);
                     for i in 0..X {
-                        acc[i][j][half] = s.fma(x[i], y, acc[i][j][half]);
+                        acc[i][j] = s.fma(x[i], y, acc[i][j]);
                     }
                 }
+                k += n;
             }
-            k += chains * S::LANES;
-        }
-        while k < d.k {
-            let n = (d.k - k).min(S::LANES);
-            let mut x = [s.zero(); X];
-            for i in 0..X {
-                x[i] = partial(s, d.x.add(i * d.x_step + k), n);
-            }
-            for j in 0..Y {
-                let y = partial(s, d.y.add(j * d.y_step + k), n);
-                for i in 0..X {
-                    acc[i][j][0] = s.fma(x[i], y, acc[i][j][0]);
-                }
-            }
-            k += n;
         }
         for i in 0..X {
             for j in 0..Y {
@@ -288,7 +285,7 @@ unsafe fn dot<S: Simd, const X: usize, const Y: usize>(s: S, d: &Dot) {
                     Start::Accumulate => *c,
                     Start::Bias(p) => *p.add(i * d.bias_steps.0 + j * d.bias_steps.1),
                 };
-                *c = start + s.sum(s.add(acc[i][j][0], acc[i][j][1]));
+                *c = start + s.sum(acc[i][j]);
             }
         }
     }
