@@ -83,6 +83,7 @@ fn run(mut c: RowsMut<'_>, a: Mat<'_>, b: Mat<'_>, init: Init<'_>, parallel: boo
         b: b.operand(),
         c: c.as_mut_ptr(),
         c_step: c.stride(),
+        across: false,
         start: match init {
             Init::Zero => kernel::Start::Zero,
             Init::Accumulate => kernel::Start::Accumulate,
