@@ -193,7 +193,9 @@ simd_fn! {
             for block in row.chunks(BLOCK) {
                 let here = maximum.max(block_max(s, block));
                 if here > maximum {
-                    sum *= ((maximum - here) as f64).exp();
+                    if sum > 0.0 {
+                        sum *= ((maximum - here) as f64).exp();
+                    }
                     maximum = here;
                 }
                 let shift = s.splat(here);
@@ -264,7 +266,9 @@ simd_fn! {
                 let here = maximum.max(block_max(s, unsafe { std::slice::from_raw_parts(x, len) }));
                 *block_maximum = here;
                 if here > maximum {
-                    sum *= ((maximum - here) as f64).exp();
+                    if sum > 0.0 {
+                        sum *= ((maximum - here) as f64).exp();
+                    }
                     maximum = here;
                 }
                 let shift = s.splat(here);

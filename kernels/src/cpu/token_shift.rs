@@ -12,10 +12,14 @@
 
 use std::ops::Range;
 
-use super::norm::lanes::{Partials, grain, lanes, ld, st, sum_partials};
+use super::norm::lanes::{Partials, grain, lanes, ld, ld_ptr, st, st_ptr, sum_partials};
+use super::simd::Simd;
 use super::threads::{parallel_for, parallel_ranges, with_scratch};
 use crate::rows::SharedSlice;
 use crate::{Rows, RowsMut, simd_fn};
+
+/// The largest number of vectors that are mixed at once.
+pub const MAX_MIXES: usize = 8;
 
 /// `y[t] = x[t - 1]` in every sequence of `len` rows; `y[0]` is the row of `state` `[B, C]`, or 0. x, y `[B*len, C]`.
 pub fn forward(x: Rows<'_>, len: usize, state: Option<Rows<'_>>, y: RowsMut<'_>) {
@@ -61,7 +65,7 @@ pub fn backward(dy: Rows<'_>, len: usize, dx: RowsMut<'_>, dstate: Option<RowsMu
 /// before the first, 0 if absent.
 pub fn mix_forward(x: Rows<'_>, len: usize, state: Option<Rows<'_>>, mixes: &[&[f32]], ys: &mut [RowsMut<'_>]) {
     let (rows, cols) = (x.rows(), x.cols());
-    assert!(ys.len() == mixes.len());
+    assert!(ys.len() == mixes.len() && mixes.len() <= MAX_MIXES);
     assert!(ys.iter().all(|y| y.rows() == rows && y.cols() == cols) && mixes.iter().all(|m| m.len() == cols));
     check_sequences(rows, cols, len, &state);
     let ys = &*ys;
@@ -86,6 +90,7 @@ pub fn mix_backward(
     dstate: Option<RowsMut<'_>>,
 ) {
     let (rows, cols, count) = (x.rows(), x.cols(), mixes.len());
+    assert!(count <= MAX_MIXES, "{count} mixes");
     assert!(dys.len() == count && dmixes.len() == count && dx.rows() == rows && dx.cols() == cols);
     assert!(dys.iter().all(|dy| dy.rows() == rows && dy.cols() == cols));
     assert!(mixes.iter().all(|m| m.len() == cols) && dmixes.iter().all(|m| m.len() == cols));
@@ -103,7 +108,7 @@ pub fn mix_backward(
             with_scratch(2 * cols, |scratch| {
                 let (zeros, ahead) = scratch.split_at_mut(cols);
                 zeros.fill(0.0);
-                mix_rows_backward(&task, blocks.range(block), zeros, ahead, dmix);
+                mix_backward_task(&task, blocks.range(block), zeros, ahead, dmix);
             });
         });
         for (j, dmix) in dmixes.iter_mut().enumerate() {
@@ -165,7 +170,7 @@ simd_fn! {
         }
     }
 
-    fn mix_rows_backward(
+    fn mix_backward_task(
         s: S,
         task: &MixBackward<'_>,
         range: Range<usize>,
@@ -173,49 +178,74 @@ simd_fn! {
         ahead: &mut [f32],
         dmix: &mut [f32],
     ) {
-        let MixBackward { x, len, state, mixes, dys, .. } = *task;
-        let cols = x.cols();
-        // from the last row to the first: `ahead` is what the next row gives back to this one
-        ahead.fill(0.0);
-        if range.end < x.rows() && !range.end.is_multiple_of(len) {
-            for (mix, dy) in mixes.iter().zip(dys) {
-                let dy = dy.row(range.end);
-                lanes!(S, cols, |i, n| {
-                    // SAFETY: all have `cols` elements.
-                    unsafe {
-                        let v = s.fma(ld(s, dy, i, n), ld(s, mix, i, n), ld(s, ahead, i, n));
-                        st(s, ahead, i, n, v);
-                    }
-                });
-            }
+        match task.mixes.len() {
+            0 => mix_rows_backward::<S, 0>(s, task, range, zeros, ahead, dmix),
+            1 => mix_rows_backward::<S, 1>(s, task, range, zeros, ahead, dmix),
+            2 => mix_rows_backward::<S, 2>(s, task, range, zeros, ahead, dmix),
+            3 => mix_rows_backward::<S, 3>(s, task, range, zeros, ahead, dmix),
+            4 => mix_rows_backward::<S, 4>(s, task, range, zeros, ahead, dmix),
+            5 => mix_rows_backward::<S, 5>(s, task, range, zeros, ahead, dmix),
+            6 => mix_rows_backward::<S, 6>(s, task, range, zeros, ahead, dmix),
+            7 => mix_rows_backward::<S, 7>(s, task, range, zeros, ahead, dmix),
+            _ => mix_rows_backward::<S, 8>(s, task, range, zeros, ahead, dmix),
         }
-        for r in range.rev() {
-            let (now, prev) = (x.row(r), previous(x, len, state, zeros, r));
-            // SAFETY: this task alone has row r.
-            let dx = unsafe { task.dx.shared_row(r) };
-            let last = r % len == len - 1;
+    }
+}
+
+/// From the last row to the first: `ahead` is what the next row gives back to this one.
+#[inline(always)]
+fn mix_rows_backward<S: Simd, const J: usize>(
+    s: S,
+    task: &MixBackward<'_>,
+    range: Range<usize>,
+    zeros: &[f32],
+    ahead: &mut [f32],
+    dmix: &mut [f32],
+) {
+    let MixBackward { x, len, state, mixes, dys, .. } = *task;
+    let cols = x.cols();
+    assert!(dmix.len() == J * cols && ahead.len() == cols);
+    let (dmix, mixes): (_, [&[f32]; J]) = (dmix.as_mut_ptr(), std::array::from_fn(|j| mixes[j]));
+    ahead.fill(0.0);
+    if range.end < x.rows() && !range.end.is_multiple_of(len) {
+        for (mix, dy) in mixes.iter().zip(dys) {
+            let dy = dy.row(range.end);
             lanes!(S, cols, |i, n| {
-                // SAFETY: all have `cols` elements, dmix `cols` for every j.
+                // SAFETY: all have `cols` elements.
                 unsafe {
-                    let change = s.sub(ld(s, prev, i, n), ld(s, now, i, n));
-                    let (mut to_now, mut to_prev) = (s.zero(), s.zero());
-                    for j in 0..mixes.len() {
-                        let d = ld(s, dys.get_unchecked(j).row(r), i, n);
-                        let back = s.mul(d, ld(s, mixes.get_unchecked(j), i, n));
-                        to_prev = s.add(to_prev, back);
-                        to_now = s.add(to_now, s.sub(d, back));
-                        let sum = s.fma(d, change, ld(s, dmix, j * cols + i, n));
-                        st(s, dmix, j * cols + i, n, sum);
-                    }
-                    let next = if last { s.zero() } else { ld(s, ahead, i, n) };
-                    st(s, dx, i, n, s.add(to_now, next));
-                    st(s, ahead, i, n, to_prev);
+                    let v = s.fma(ld(s, dy, i, n), ld(s, mix, i, n), ld(s, ahead, i, n));
+                    st(s, ahead, i, n, v);
                 }
             });
-            if let (0, Some(dstate)) = (r % len, &task.dstate) {
-                // SAFETY: this task alone has the first row of this sequence.
-                unsafe { dstate.shared_row(r / len) }.copy_from_slice(ahead);
+        }
+    }
+    for r in range.rev() {
+        let (now, prev) = (x.row(r), previous(x, len, state, zeros, r));
+        let dys: [&[f32]; J] = std::array::from_fn(|j| dys[j].row(r));
+        // SAFETY: this task alone has row r.
+        let dx = unsafe { task.dx.shared_row(r) };
+        let last = r % len == len - 1;
+        lanes!(S, cols, |i, n| {
+            // SAFETY: all have `cols` elements, dmix `cols` for every j.
+            unsafe {
+                let change = s.sub(ld(s, prev, i, n), ld(s, now, i, n));
+                let (mut to_now, mut to_prev) = (s.zero(), s.zero());
+                for j in 0..J {
+                    let d = ld(s, dys[j], i, n);
+                    let back = s.mul(d, ld(s, mixes[j], i, n));
+                    to_prev = s.add(to_prev, back);
+                    to_now = s.add(to_now, s.sub(d, back));
+                    let sum = dmix.add(j * cols + i);
+                    st_ptr(s, sum, n, s.fma(d, change, ld_ptr(s, sum, n)));
+                }
+                let next = if last { s.zero() } else { ld(s, ahead, i, n) };
+                st(s, dx, i, n, s.add(to_now, next));
+                st(s, ahead, i, n, to_prev);
             }
+        });
+        if let (0, Some(dstate)) = (r % len, &task.dstate) {
+            // SAFETY: this task alone has the first row of this sequence.
+            unsafe { dstate.shared_row(r / len) }.copy_from_slice(ahead);
         }
     }
 }
