@@ -6,7 +6,7 @@
 //!
 //! Blocks are 64 × 64, so that scores, a block of keys and a block of queries lie in the first two cache levels. A
 //! pair of blocks costs two products forward and five backward; the vector work between them (exponential, masks,
-//! dropout) is about a tenth of that. [`block`] says how the products are laid out.
+//! dropout) is about a tenth of that. `block.rs` says how the products are laid out.
 
 pub(in crate::cpu) mod block;
 
