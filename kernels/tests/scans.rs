@@ -549,7 +549,7 @@ fn speed() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         for scan in [Longhorn, Mamba] {
             let mut best = [f64::MAX; 2];
-            for _ in 0..30 {
+            for _ in 0..std::env::var("REPEAT").map_or(30, |x| x.parse().unwrap()) {
                 for (backward, best) in best.iter_mut().enumerate() {
                     let start = std::time::Instant::now();
                     pool.install(|| {

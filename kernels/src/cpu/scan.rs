@@ -779,7 +779,7 @@ impl Ahead {
 /// `kq` points to the tile's first state in `[rows, 2, states]`, `records` to `[rows, FORWARD_FIELDS, tile]`, `rates`
 /// (if there are any) and `h` to `[STATES, tile]` floats.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, clippy::needless_range_loop)]
 unsafe fn advance<S: Simd, R: Recurrence>(
     s: S,
     rows: usize,
@@ -820,7 +820,7 @@ unsafe fn advance<S: Simd, R: Recurrence>(
 /// # Safety
 /// As for [`advance`], with records of `BACKWARD_FIELDS`, and `kept` and `sums` as above.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, clippy::needless_range_loop)]
 unsafe fn recompute<S: Simd, R: Recurrence>(
     s: S,
     rows: usize,
@@ -870,7 +870,7 @@ unsafe fn recompute<S: Simd, R: Recurrence>(
 /// # Safety
 /// As for [`recompute`], with `adjoints` and (if there are rates) `drates` of `[STATES, tile]`.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, clippy::needless_range_loop)]
 unsafe fn retreat<S: Simd, R: Recurrence>(
     s: S,
     rows: usize,
@@ -1075,7 +1075,9 @@ pub(super) fn exp2<S: Simd>(s: S, x: S::F) -> S::F {
     let r = s.sub(x, s.sub(shifted, magic));
     // relative minimax of 2^r on [-1/2, 1/2] with 2^0 = 1
     let mut p = s.splat(1.326_472_7e-3);
-    for c in [9.671_513e-3, 5.550_733_6e-2, 0.240_222_42, 0.693_147, 1.0] {
+    #[allow(clippy::approx_constant)] // it is not ln 2, nor meant to be
+    let rest = [9.671_513e-3, 5.550_733_6e-2, 0.240_222_42, 0.693_147, 1.0];
+    for c in rest {
         p = s.fma(p, r, s.splat(c));
     }
     s.from_bits(s.add_i(s.bits(p), s.shl::<23>(s.bits(shifted))))
