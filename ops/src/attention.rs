@@ -8,7 +8,7 @@ use dataflow_graph::gradient::Gradient;
 use dataflow_graph::op::{Cost, NodeView, Op, OpError};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
-use dataflow_kernels::cpu::attention::{self, Dims, Dropout};
+use dataflow_kernels::cpu::attention::{self, Dims};
 use dataflow_kernels::device::{Arguments, Kernel, Target};
 use dataflow_kernels::random::Keep;
 use serde::{Deserialize, Serialize};
@@ -36,11 +36,8 @@ impl CausalAttention {
     }
 
     /// The mask of this step, drawn from the step counter in input `tick`.
-    fn mask(p: f32, seed: u64, site: u32, a: &Arguments<'_>, tick: usize) -> Option<Dropout> {
-        (p > 0.0).then(|| {
-            let step = a.slice::<i32>(tick)[0] as u64;
-            Dropout { p, key: Keep::new(seed, step, site, p).key }
-        })
+    fn mask(p: f32, seed: u64, site: u32, a: &Arguments<'_>, tick: usize) -> Option<Keep> {
+        (p > 0.0).then(|| Keep::new(seed, a.slice::<i32>(tick)[0] as u64, site, p))
     }
 
     /// Multiply-adds are two for each of `products` products of the causal half.

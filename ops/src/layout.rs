@@ -95,7 +95,13 @@ impl Op for Concat {
         let Some(dy) = g.output_gradient(0) else { return Ok(()) };
         let sizes = (0..g.inputs()).map(|i| Size(g.type_of(g.input(i)).cols())).collect();
         let parts = g.emit(Split { into: None, sizes: Some(sizes) }, &[dy])?;
-        parts.into_iter().enumerate().filter(|(i, _)| g.wants(*i)).collect::<Vec<_>>().into_iter().try_for_each(|(i, p)| g.set(i, p))
+        parts
+            .into_iter()
+            .enumerate()
+            .filter(|(i, _)| g.wants(*i))
+            .collect::<Vec<_>>()
+            .into_iter()
+            .try_for_each(|(i, p)| g.set(i, p))
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let starts = starts(&node.inputs.iter().map(TensorType::cols).collect::<Vec<_>>());

@@ -46,7 +46,8 @@ impl Op for Linear {
         let input = inputs[0].cols();
         let default = Initializer::Uniform { bound: Real((input as f64).powf(-0.5)) };
         let init = self.init.clone().unwrap_or(default.clone());
-        let mut parameters = vec![Parameter { tie: self.tie.clone(), ..Parameter::new("weight", [*self.out, input], init) }];
+        let mut parameters =
+            vec![Parameter { tie: self.tie.clone(), ..Parameter::new("weight", [*self.out, input], init) }];
         if *self.bias {
             parameters.push(Parameter::new("bias", [*self.out], self.bias_init.clone().unwrap_or(default)));
         }
@@ -182,7 +183,10 @@ impl Op for MatMul {
     fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
         let (a, b, ta, tb) = (g.input(0), g.input(1), *self.transpose_a, *self.transpose_b);
         let Some(dy) = g.output_gradient(0) else { return Ok(()) };
-        let op = |transpose_a: bool, transpose_b: bool| MatMul { transpose_a: Flag(transpose_a), transpose_b: Flag(transpose_b) };
+        let op = |transpose_a: bool, transpose_b: bool| MatMul {
+            transpose_a: Flag(transpose_a),
+            transpose_b: Flag(transpose_b),
+        };
         if g.wants(0) {
             // d op(a) = dy op(b)^T, and transposed again where a was
             let da = if ta { g.emit(op(tb, true), &[b, dy])? } else { g.emit(op(false, !tb), &[dy, b])? };

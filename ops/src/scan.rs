@@ -149,10 +149,7 @@ impl Op for SelectiveScan {
     fn parameters(&self, inputs: &[TensorType]) -> Result<Vec<Parameter>, OpError> {
         let (channels, states) = (inputs[0].cols(), inputs[2].cols());
         let a_log = Initializer::Formula(ElementFormula::new("ln(i + 1)").map_err(OpError)?);
-        Ok(vec![
-            Parameter::new("A_log", [channels, states], a_log),
-            Parameter::new("D", [channels], Initializer::Ones),
-        ])
+        Ok(vec![Parameter::new("A_log", [channels, states], a_log), Parameter::new("D", [channels], Initializer::Ones)])
     }
     fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
         let Some(dy) = g.output_gradient(0) else { return Ok(()) };
