@@ -437,7 +437,7 @@ impl SimdKernel for Block<'_> {
 unsafe fn run_tile<S: Simd>(s: S, run: &Run<'_>, tile: Tile, scratch: *mut f32) {
     let compiled = run.compiled;
     let outputs = compiled.written.len();
-    // SAFETY (all blocks below): buffers and operands are in bounds by the caller's promise.
+    // SAFETY: buffers and operands are in bounds by the caller's promise, here and below.
     let buffer = |t: usize| unsafe { scratch.add(t * TILE) };
     let target = |to: Target| match to {
         Target::Tile(t) => (buffer(t as usize), tile.cols),
@@ -730,18 +730,22 @@ unsafe fn each<S: Simd, F: Body, const A: bool, const B: bool>(
 unsafe fn select<S: Simd>(s: S, tile: Tile, c: View, a: View, b: View, to: (*mut f32, usize)) {
     let (rows, cols) = extent(tile, &[c.stride, a.stride, b.stride, to.1]);
     for r in 0..rows {
-        let mut i = 0;
-        while i < cols {
-            let n = (cols - i).min(S::LANES);
-            // SAFETY: within the tile.
-            unsafe {
-                let vc = partial(s, c.ptr.add(r * c.stride + i), n);
-                let va = partial(s, a.ptr.add(r * a.stride + i), n);
-                let vb = partial(s, b.ptr.add(r * b.stride + i), n);
-                let v = s.select(s.eq(vc, s.zero()), vb, va);
-                s.store_partial(std::slice::from_raw_parts_mut(to.0.add(r * to.1 + i), n), n, v);
+        // SAFETY: within the tile.
+        unsafe {
+            let at = |v: View| v.ptr.add(r * v.stride);
+            let (pc, pa, pb, pt) = (at(c), at(a), at(b), to.0.add(r * to.1));
+            let mut i = 0;
+            while i + S::LANES <= cols {
+                let m = s.eq(s.load_ptr(pc.add(i)), s.zero());
+                s.store_ptr(pt.add(i), s.select(m, s.load_ptr(pb.add(i)), s.load_ptr(pa.add(i))));
+                i += S::LANES;
             }
-            i += n;
+            if i < cols {
+                let n = cols - i;
+                let m = s.eq(partial(s, pc.add(i), n), s.zero());
+                let v = s.select(m, partial(s, pb.add(i), n), partial(s, pa.add(i), n));
+                s.store_partial(std::slice::from_raw_parts_mut(pt.add(i), n), n, v);
+            }
         }
     }
 }

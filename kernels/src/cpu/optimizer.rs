@@ -3,6 +3,7 @@
 //! One pass over parameter, gradient and both moments: seven streams of memory, which is what bounds it. The
 //! factor that clipping gives the gradient is applied on the way, so clipped gradients are never written.
 
+use super::simd::Simd;
 use super::threads::parallel_ranges;
 use crate::rows::SharedSlice;
 
@@ -88,17 +89,32 @@ crate::simd_fn! {
     fn adamw_part(s: S, param: &mut [f32], grad: &[f32], m: &mut [f32], v: &mut [f32], f: Factors) {
         let vectors = param.chunks_mut(S::LANES).zip(grad.chunks(S::LANES));
         let moments = m.chunks_mut(S::LANES).zip(v.chunks_mut(S::LANES));
-        for ((param, grad), (m, v)) in vectors.zip(moments) {
-            let n = param.len();
-            let g = s.mul(s.load_partial(grad, n), s.splat(f.grad));
-            let first = s.fma(s.load_partial(m, n), s.splat(f.beta1), s.mul(g, s.splat(f.rest1)));
-            let second = s.fma(s.load_partial(v, n), s.splat(f.beta2), s.mul(s.mul(g, g), s.splat(f.rest2)));
-            let denominator = s.fma(s.sqrt(second), s.splat(f.root), s.splat(f.eps));
-            let step = s.div(s.mul(first, s.splat(f.rate)), denominator);
-            let p = s.sub(s.mul(s.load_partial(param, n), s.splat(f.shrink)), step);
-            s.store_partial(m, n, first);
-            s.store_partial(v, n, second);
-            s.store_partial(param, n, p);
+        for ((p, g), (m, v)) in vectors.zip(moments) {
+            // masked accesses are slow where masks are vectors, so only at the end
+            let n = p.len();
+            if n == S::LANES {
+                let new = update(s, [s.load(p), s.load(g), s.load(m), s.load(v)], f);
+                s.store(p, new[0]);
+                s.store(m, new[1]);
+                s.store(v, new[2]);
+            } else {
+                let old = [s.load_partial(p, n), s.load_partial(g, n), s.load_partial(m, n), s.load_partial(v, n)];
+                let new = update(s, old, f);
+                s.store_partial(p, n, new[0]);
+                s.store_partial(m, n, new[1]);
+                s.store_partial(v, n, new[2]);
+            }
         }
     }
+}
+
+/// Parameter and moments after the step.
+#[inline(always)]
+fn update<S: Simd>(s: S, [param, grad, m, v]: [S::F; 4], f: Factors) -> [S::F; 3] {
+    let g = s.mul(grad, s.splat(f.grad));
+    let m = s.fma(m, s.splat(f.beta1), s.mul(g, s.splat(f.rest1)));
+    let v = s.fma(v, s.splat(f.beta2), s.mul(s.mul(g, g), s.splat(f.rest2)));
+    let denominator = s.fma(s.sqrt(v), s.splat(f.root), s.splat(f.eps));
+    let step = s.div(s.mul(m, s.splat(f.rate)), denominator);
+    [s.sub(s.mul(param, s.splat(f.shrink)), step), m, v]
 }

@@ -5,6 +5,7 @@
 //! with the length of a block, not of the tensor. All of these are bound by memory: column sums take four
 //! rows at a time into a row of sums in the L1 cache, so that memory is read once and in order.
 
+use super::simd::Simd;
 use super::threads::{parallel_for, parallel_ranges, with_scratch};
 use crate::rows::SharedSlice;
 use crate::{Rows, RowsMut};
@@ -25,23 +26,13 @@ crate::simd_fn! {
         assert_eq!(x.cols(), out.len());
         out.fill(0.0);
         let mut r = 0;
+        while r + 4 <= x.rows() {
+            add_rows(s, [x.row(r), x.row(r + 1), x.row(r + 2), x.row(r + 3)], out);
+            r += 4;
+        }
         while r < x.rows() {
-            let four = r + 4 <= x.rows();
-            let mut c = 0;
-            while c < out.len() {
-                let n = (out.len() - c).min(S::LANES);
-                let mut sum = s.load_partial(&out[c..], n);
-                if four {
-                    let a = s.add(s.load_partial(&x.row(r)[c..], n), s.load_partial(&x.row(r + 1)[c..], n));
-                    let b = s.add(s.load_partial(&x.row(r + 2)[c..], n), s.load_partial(&x.row(r + 3)[c..], n));
-                    sum = s.add(sum, s.add(a, b));
-                } else {
-                    sum = s.add(sum, s.load_partial(&x.row(r)[c..], n));
-                }
-                s.store_partial(&mut out[c..], n, sum);
-                c += n;
-            }
-            r += if four { 4 } else { 1 };
+            add_rows(s, [x.row(r)], out);
+            r += 1;
         }
     }
 
@@ -71,9 +62,38 @@ crate::simd_fn! {
         let factor = s.splat(factor);
         for part in x.chunks_mut(S::LANES) {
             let n = part.len();
-            let v = s.mul(s.load_partial(part, n), factor);
-            s.store_partial(part, n, v);
+            if n == S::LANES {
+                s.store(part, s.mul(s.load(part), factor));
+            } else {
+                s.store_partial(part, n, s.mul(s.load_partial(part, n), factor));
+            }
         }
+    }
+}
+
+/// Adds rows as long as `out` to it.
+#[inline(always)]
+fn add_rows<S: Simd, const N: usize>(s: S, rows: [&[f32]; N], out: &mut [f32]) {
+    let cols = out.len();
+    let rows = rows.map(|row| &row[..cols]);
+    let mut c = 0;
+    while c + S::LANES <= cols {
+        let mut sum = s.load(&rows[0][c..]);
+        for row in &rows[1..] {
+            sum = s.add(sum, s.load(&row[c..]));
+        }
+        let sum = s.add(s.load(&out[c..]), sum);
+        s.store(&mut out[c..], sum);
+        c += S::LANES;
+    }
+    if c < cols {
+        let n = cols - c;
+        let mut sum = s.load_partial(&rows[0][c..], n);
+        for row in &rows[1..] {
+            sum = s.add(sum, s.load_partial(&row[c..], n));
+        }
+        let sum = s.add(s.load_partial(&out[c..], n), sum);
+        s.store_partial(&mut out[c..], n, sum);
     }
 }
 
