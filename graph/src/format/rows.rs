@@ -59,12 +59,17 @@ pub fn read_source(path: &Path) -> Result<Arc<Source>, Diagnostic> {
     }
 }
 
+/// How all texts are read: an optional attribute is written without `Some(…)`.
+pub fn options() -> ron::Options {
+    ron::Options::default().with_default_extension(ron::extensions::Extensions::IMPLICIT_SOME)
+}
+
 /// Parses a whole file into its top-level struct.
 ///
 /// # Errors
 /// The first syntax error, or the first wrong field of the struct.
 pub fn parse_file<'a, T: serde::Deserialize<'a>>(source: &'a Arc<Source>) -> Result<T, Diagnostic> {
-    ron::Options::default().from_str(&source.text).map_err(|e| ron_error(source, &source.text, 0, &e))
+    options().from_str(&source.text).map_err(|e| ron_error(source, &source.text, 0, &e))
 }
 
 /// A ron error about `text`, which starts at byte `base` of the file.
@@ -113,7 +118,7 @@ pub fn parse_rows(source: &Arc<Source>, rows: &[&RawValue], errors: &mut Errors)
 }
 
 fn sub_parse<'a, T: serde::Deserialize<'a>>(source: &Arc<Source>, text: &'a str) -> Result<T, Diagnostic> {
-    ron::from_str(text).map_err(|e| ron_error(source, text, place(source, text).start, &e))
+    options().from_str(text).map_err(|e| ron_error(source, text, place(source, text).start, &e))
 }
 
 fn strings(source: &Arc<Source>, text: &str) -> Result<Vec<Spanned>, Diagnostic> {
@@ -204,7 +209,7 @@ impl Row {
     /// # Errors
     /// A wrong attribute.
     pub fn parse_as<T: DeserializeOwned>(&self, source: &Arc<Source>) -> Result<T, Diagnostic> {
-        ron::from_str(&self.attributes.text).map_err(|e| self.attribute_error(source, &e))
+        options().from_str(&self.attributes.text).map_err(|e| self.attribute_error(source, &e))
     }
 
     fn attribute_error(&self, source: &Arc<Source>, error: &ron::error::SpannedError) -> Diagnostic {
