@@ -8,6 +8,9 @@
 //! [`dot`] is for a few rows against rows that lie along `k` (matrix-vector products, decoding): nothing is
 //! packed, so every element of the large operand is read once, in order.
 
+// an index that is plainly a constant keeps an accumulator in its register; iterators do not promise that
+#![allow(clippy::needless_range_loop)]
+
 use crate::cpu::simd::{Portable, Simd};
 
 #[cfg(target_arch = "x86_64")]
@@ -49,7 +52,7 @@ pub(super) struct Tile {
     pub start: Start,
 }
 
-/// Dot products of rows along `k`: `c(x, y) = start + sum_k x(k) y(k)` for a few rows x and [`DOT_ROWS`] or
+/// Dot products of rows along `k`: `c(x, y) = start + sum_k x(k) y(k)` for a few rows x and [`DOT_Y`] or
 /// fewer rows y.
 #[derive(Clone, Copy)]
 pub(super) struct Dot {

@@ -1,4 +1,19 @@
 //! Blocking, packing and the split into tasks.
+//!
+//! A product takes one of these routes, by its sizes alone:
+//!
+//! * at most [`DOT_MOST`] rows or columns, both operands along `k`: dot products, nothing is packed ([`Product::dots`]);
+//! * one row, b along its columns: a sum of rows of b ([`Product::wide`]);
+//! * at most [`MC_PANELS`] panels of rows: tasks own ranges of columns and pack their own panels of b, if at all;
+//! * otherwise a chunk of b is packed by all threads, then used by all tasks, which own tiles of the result.
+//!
+//! b is packed into panels as wide as a register tile, because its vectors are read once per tile of rows. a is
+//! only broadcast, which works in place in either orientation, so it is packed only where its elements are used
+//! often enough to pay. `k` is cut so that a panel of a stays in the first cache while a row of tiles is computed.
+//! Where the result has columns for half a vector (24, 65, ..), its transpose may be cheaper and is stored across.
+//!
+//! For a second element type: give [`Kernel`] its tile and its packing, and the panels their element size; the
+//! routes and blocks stay.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -44,7 +59,7 @@ unsafe impl Sync for Product {}
 /// Most steps of `k` in one pass over the packed panels.
 const KC: usize = 384;
 /// Most panels of a in a task.
-const MC_PANELS: usize = 8;
+const MC_PANELS: usize = 16;
 /// Most columns of the result in a task.
 const NC: usize = 1024;
 /// Elements of b that are packed at once for all tasks.
@@ -231,7 +246,7 @@ impl Product {
         let width = |p: usize| (columns.len() - p * K::NR).min(K::NR);
         if self.b.col == 1 {
             // a few rows at a time, so that they are read along the row and stay on few pages
-            let per_task = (TASK / 32 / columns.len()).next_multiple_of(PACK_ROWS);
+            let per_task = (TASK / 32 / columns.len()).max(1).next_multiple_of(PACK_ROWS);
             for_each(self.parallel, k.len().div_ceil(per_task), |task| {
                 for d in piece(task, per_task, k.len()).step_by(PACK_ROWS) {
                     let rows = (k.len().min((task + 1) * per_task) - d).min(PACK_ROWS);
@@ -325,7 +340,7 @@ impl Product {
         }
     }
 
-    /// Packs panels that are `panel` apart. Writes whole vectors, so each needs [`Kernel::LANES`] of room after it.
+    /// Packs panels that are `panel` apart. Writes whole vectors, so each needs a vector of room after it.
     unsafe fn pack_a<K: Kernel>(&self, s: K, to: *mut f32, panel: usize, k: Range<usize>, rows: Range<usize>) {
         let along_k = self.a.col == 1;
         let step = if along_k { k.len().max(1) } else { PACK_ROWS };
