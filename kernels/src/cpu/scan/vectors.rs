@@ -267,3 +267,48 @@ pub(super) fn pack_pair(a: Rows<'_>, b: Rows<'_>, to: &mut [f32], states: usize)
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::simd::{SimdKernel, dispatch};
+
+    struct Check;
+
+    impl SimdKernel for Check {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            let close = |got: S::F, want: f64| {
+                let mut lanes = vec![0.0; S::LANES];
+                s.store(&mut lanes, got);
+                let error = (f64::from(lanes[0]) / want - 1.0).abs();
+                assert!(error < 2.5e-7, "{} instead of {want}: error {error:e}", lanes[0]);
+            };
+            for i in 0..20_000 {
+                let x = -125.0 * i as f32 / 20_000.0;
+                close(exp2(s, s.splat(x)), f64::from(x).exp2());
+                let x = x / 4.0 + 15.0;
+                let (softplus, sigmoid) = softplus_and_sigmoid(s, s.splat(x));
+                // the exponential inherits the rounding of its argument, which is relative to its size
+                let slack = 1.0 + f64::from(x.abs()) / 4.0;
+                let wide = f64::from(x);
+                for (got, want) in [(softplus, wide.exp().ln_1p()), (sigmoid, 1.0 / (1.0 + (-wide).exp()))] {
+                    let got = s.max_lane(got);
+                    let error = (f64::from(got) / want - 1.0).abs() / slack;
+                    assert!(error < 2.5e-7, "at {x}: {got} instead of {want}: error {error:e}");
+                }
+            }
+            close(exp2(s, s.zero()), 1.0);
+            assert!(s.max_lane(exp2(s, s.splat(-1e9))) < 1.2e-38);
+            let nan = exp2(s, s.splat(f32::NAN));
+            assert!(s.sum(nan).is_nan());
+        }
+    }
+
+    #[test]
+    fn functions_are_accurate() {
+        Check.run(crate::cpu::simd::Portable);
+        dispatch(Check);
+    }
+}
