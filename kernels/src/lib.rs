@@ -7,6 +7,7 @@
 
 pub mod cpu;
 pub mod expression;
+pub mod mapped_file;
 pub mod random;
 pub mod rows;
 
