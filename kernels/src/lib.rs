@@ -6,6 +6,7 @@
 //! This is the only crate of the workspace that contains `unsafe`; each block states why it is sound.
 
 pub mod cpu;
+pub mod device;
 pub mod expression;
 pub mod mapped_file;
 pub mod random;

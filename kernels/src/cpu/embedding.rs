@@ -1,1 +1,138 @@
 //! Row lookup and its gradient.
+//!
+//! Both directions move memory and compute next to nothing. Forward copies rows in parallel. The weight gradient first
+//! sorts the positions by id (a counting sort, stable), so that every row of the gradient belongs to one task, is
+//! written once, and sums its positions in their order: deterministic, without a zero fill before and without atomics.
+//! Tasks are ranges of the vocabulary of about equal cost, times blocks of columns, so that a vocabulary of 65 letters
+//! keeps all threads busy as well as one of 50 thousand words, of which a few make up most of a text.
+
+use std::ops::Range;
+
+use super::norm::lanes::{add, grain};
+use super::threads::{parallel_for, parallel_ranges, with_scratch};
+use crate::{Rows, RowsMut};
+
+/// An id that is no row of the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("id {id} at position {position} is outside of a table of {rows} rows")]
+pub struct IdOutOfRange {
+    /// Index into the ids.
+    pub position: usize,
+    /// The id there.
+    pub id: i32,
+    /// Rows of the table.
+    pub rows: usize,
+}
+
+fn check(ids: &[i32], rows: usize) -> Result<(), IdOutOfRange> {
+    // a negative id is a large one as u32; without an early exit the loop is vectorised
+    if ids.iter().fold(0, |largest, &id| largest.max(id as u32)) < rows as u32 || ids.is_empty() {
+        return Ok(());
+    }
+    let position = ids.iter().position(|&id| id < 0 || id as usize >= rows).unwrap();
+    Err(IdOutOfRange { position, id: ids[position], rows })
+}
+
+/// `out[n] = weight[ids[n]]`; weight `[V, C]`, out `[N, C]`.
+pub fn forward(ids: &[i32], weight: &[f32], out: RowsMut<'_>) -> Result<(), IdOutOfRange> {
+    let cols = out.cols();
+    assert_eq!(ids.len(), out.rows());
+    if cols == 0 {
+        return Ok(());
+    }
+    assert!(weight.len().is_multiple_of(cols));
+    check(ids, weight.len() / cols)?;
+    parallel_ranges(ids.len(), grain(cols), |range| {
+        for n in range {
+            let id = ids[n] as usize;
+            // SAFETY: this task alone has row n.
+            unsafe { out.shared_row(n) }.copy_from_slice(&weight[id * cols..(id + 1) * cols]);
+        }
+    });
+    Ok(())
+}
+
+/// Columns of a task.
+const COLUMNS: usize = 512;
+
+/// `dweight[v]` = the sum of `dy[n]` over the positions n with `ids[n] = v`; dy `[N, C]`, dweight `[V, C]`.
+pub fn backward(ids: &[i32], dy: Rows<'_>, dweight: &mut [f32]) -> Result<(), IdOutOfRange> {
+    let cols = dy.cols();
+    assert_eq!(ids.len(), dy.rows());
+    if cols == 0 {
+        return Ok(());
+    }
+    assert!(dweight.len().is_multiple_of(cols));
+    let vocabulary = dweight.len() / cols;
+    check(ids, vocabulary)?;
+    let dweight = RowsMut::contiguous(dweight, cols);
+    // a row that is only zeroed costs about half of one position
+    let cost = 2 * ids.len() + vocabulary;
+    let tasks = cost.div_ceil((cost / 64).max(64));
+    let blocks = cols.div_ceil(COLUMNS);
+    with_scratch(vocabulary + 1 + ids.len() + tasks + 1, |scratch| {
+        let scratch = as_u32(scratch);
+        let (starts, rest) = scratch.split_at_mut(vocabulary + 1);
+        let (order, bounds) = rest.split_at_mut(ids.len());
+        sort(ids, starts, order);
+        split(starts, cost, bounds);
+        let (starts, order, bounds) = (&*starts, &*order, &*bounds);
+        parallel_for(tasks * blocks, |task| {
+            let (part, block) = (task / blocks, task % blocks);
+            let columns = block * COLUMNS..((block + 1) * COLUMNS).min(cols);
+            for v in bounds[part] as usize..bounds[part + 1] as usize {
+                let positions = &order[starts[v] as usize..starts[v + 1] as usize];
+                // SAFETY: this task alone has these columns of row v.
+                let mut out = unsafe { dweight.shared_block(v..v + 1, columns.clone()) };
+                sum_rows(dy, columns.clone(), positions, out.row(0));
+            }
+        });
+    });
+    Ok(())
+}
+
+fn sum_rows(dy: Rows<'_>, columns: Range<usize>, positions: &[u32], out: &mut [f32]) {
+    let Some((&first, rest)) = positions.split_first() else { return out.fill(0.0) };
+    out.copy_from_slice(&dy.row(first as usize)[columns.clone()]);
+    for &n in rest {
+        add(&dy.row(n as usize)[columns.clone()], out);
+    }
+}
+
+/// `order` = the positions sorted by id; those of id v are `order[starts[v]..starts[v + 1]]`, ascending.
+fn sort(ids: &[i32], starts: &mut [u32], order: &mut [u32]) {
+    starts.fill(0);
+    for &id in ids {
+        starts[id as usize + 1] += 1;
+    }
+    for v in 1..starts.len() {
+        starts[v] += starts[v - 1];
+    }
+    // starts[v] walks to the end of v while positions are placed, which is the start of v + 1
+    for (n, &id) in ids.iter().enumerate() {
+        let place = &mut starts[id as usize];
+        order[*place as usize] = n as u32;
+        *place += 1;
+    }
+    for v in (1..starts.len()).rev() {
+        starts[v] = starts[v - 1];
+    }
+    starts[0] = 0;
+}
+
+/// `bounds` = limits of vocabulary ranges of about equal cost, where a row costs 1 and each of its positions 2.
+fn split(starts: &[u32], cost: usize, bounds: &mut [u32]) {
+    let (vocabulary, parts) = (starts.len() - 1, bounds.len() - 1);
+    let mut v = 0;
+    for (part, bound) in bounds.iter_mut().enumerate() {
+        while v < vocabulary && (v + 2 * starts[v] as usize) * parts < part * cost {
+            v += 1;
+        }
+        *bound = if part == parts { vocabulary as u32 } else { v as u32 };
+    }
+}
+
+fn as_u32(scratch: &mut [f32]) -> &mut [u32] {
+    // SAFETY: f32 and u32 have the same size and alignment, and any bits are a value of either.
+    unsafe { std::slice::from_raw_parts_mut(scratch.as_mut_ptr().cast(), scratch.len()) }
+}

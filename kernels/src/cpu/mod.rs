@@ -1,9 +1,11 @@
 //! Kernels for the CPU: Rust, with SIMD chosen at run time and threads through rayon.
 
+pub mod device;
 pub mod simd;
 pub mod threads;
 
 pub mod attention;
+mod chunked;
 pub mod conv1d;
 pub mod cross_entropy;
 pub mod embedding;
@@ -17,6 +19,7 @@ pub mod optimizer;
 pub mod reduce;
 pub mod retention;
 pub mod rotary;
+pub mod scan;
 pub mod selective_scan;
 pub mod token_shift;
 pub mod wkv;

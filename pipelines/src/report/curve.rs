@@ -87,8 +87,8 @@ impl Curve {
             .x_label_formatter(&|x| format!("{x:.0}"))
             .light_line_style(WHITE)
             .bold_line_style(RGBColor(225, 225, 225))
-            .axis_desc_style(("sans-serif", 15))
-            .label_style(("sans-serif", 13))
+            .axis_desc_style(("sans-serif", 19))
+            .label_style(("sans-serif", 17))
             .draw()
             .map_err(drawing)?;
         for (name, series, color) in lines {
@@ -104,7 +104,7 @@ impl Curve {
             .position(SeriesLabelPosition::UpperRight)
             .background_style(WHITE)
             .border_style(RGBColor(200, 200, 200))
-            .label_font(("sans-serif", 13))
+            .label_font(("sans-serif", 17))
             .draw()
             .map_err(drawing)?;
         area.present().map_err(drawing)

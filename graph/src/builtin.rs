@@ -1,0 +1,202 @@
+//! The ops that the compiler itself writes into a graph.
+
+use std::ops::RangeInclusive;
+
+use dataflow_kernels::device::{Kernel, Target};
+use dataflow_kernels::expression::{Argument, Program};
+
+use crate::elementwise::{self, Broadcast};
+use crate::op::{NodeView, Op, OpError};
+use crate::types::TensorType;
+
+/// An expression over its inputs, all outputs of one shape.
+#[derive(Clone, Debug)]
+pub struct Elementwise {
+    /// What it computes.
+    pub program: Program,
+    /// The shape of the outputs, if it is not what the inputs broadcast to.
+    pub shape: Option<Vec<usize>>,
+}
+
+impl Elementwise {
+    /// The op without the inputs that have no influence, and the numbers of those that stay.
+    pub fn compact(program: Program, shape: Vec<usize>) -> (Self, Vec<usize>) {
+        let used: Vec<usize> = (0..program.inputs()).filter(|&i| program.uses_input(i)).collect();
+        let arguments: Vec<Argument<'_>> = (0..program.inputs())
+            .map(|i| match used.iter().position(|&u| u == i) {
+                Some(new) => Argument::Input(new),
+                None => Argument::Constant(0.0),
+            })
+            .collect();
+        (Self { program: program.compose(used.len(), &arguments), shape: Some(shape) }, used)
+    }
+}
+
+/// The sum of `n` tensors of one shape.
+pub fn sum(n: usize) -> Elementwise {
+    let program = Program::new(n, |b, x| {
+        let total = x[1..].iter().fold(x[0], |total, &x| b.add(total, x));
+        vec![total]
+    });
+    Elementwise { program, shape: None }
+}
+
+impl Op for Elementwise {
+    fn arity(&self) -> RangeInclusive<usize> {
+        self.program.inputs()..=self.program.inputs()
+    }
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        let one = match &self.shape {
+            Some(shape) => TensorType::f32(shape.clone()),
+            None => elementwise::infer(inputs)?.remove(0),
+        };
+        Ok(vec![one; self.program.outputs().len()])
+    }
+    fn expression(&self, _inputs: usize) -> Option<Program> {
+        Some(self.program.clone())
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn uses_step(&self) -> bool {
+        self.program.is_random()
+    }
+}
+
+/// A tensor of one number everywhere.
+#[derive(Clone, Debug)]
+pub struct Fill {
+    /// The number.
+    pub value: f32,
+    /// The shape.
+    pub shape: Vec<usize>,
+}
+
+impl Op for Fill {
+    fn arity(&self) -> RangeInclusive<usize> {
+        0..=0
+    }
+    fn infer(&self, _: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        Ok(vec![TensorType::f32(self.shape.clone())])
+    }
+    fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let value = self.value;
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let mut out = a.rows_mut::<f32>(0);
+                (0..out.rows()).for_each(|r| out.row(r).fill(value));
+                Ok(())
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+}
+
+/// The sum over the dimensions in which a tensor of this shape was broadcast: the gradient of broadcasting.
+#[derive(Clone, Debug)]
+pub struct SumTo {
+    /// The shape to sum to.
+    pub shape: Vec<usize>,
+}
+
+impl Op for SumTo {
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        if Broadcast::new(&self.shape, &inputs[0].shape).is_none() {
+            return Err(format!("cannot sum {} to {:?}", inputs[0], self.shape).into());
+        }
+        Ok(vec![TensorType::f32(self.shape.clone())])
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let rule = Broadcast::new(&self.shape, &node.inputs[0].shape).expect("checked by `infer`");
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let (x, mut out) = (a.rows::<f32>(0), a.rows_mut::<f32>(0));
+                (0..out.rows()).for_each(|r| out.row(r).fill(0.0));
+                for r in 0..x.rows() {
+                    let to = out.row((r / rule.div) % rule.modulo);
+                    match rule.column {
+                        true => to[0] += x.row(r).iter().sum::<f32>(),
+                        false => to.iter_mut().zip(x.row(r)).for_each(|(t, x)| *t += x),
+                    }
+                }
+                Ok(())
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+}
+
+/// A tensor without gaps from one with gaps.
+#[derive(Clone, Debug)]
+pub struct Copy;
+
+impl Op for Copy {
+    fn expression(&self, _: usize) -> Option<Program> {
+        Some(Program::new(1, |_, x| vec![x[0]]))
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+}
+
+/// Adds the second input to the first, in place: gradients of several micro-batches.
+#[derive(Clone, Debug)]
+pub struct Accumulate;
+
+impl Op for Accumulate {
+    fn arity(&self) -> RangeInclusive<usize> {
+        2..=2
+    }
+    fn expression(&self, _: usize) -> Option<Program> {
+        Some(sum(2).program)
+    }
+    fn updates(&self) -> Vec<(usize, usize)> {
+        vec![(0, 0)]
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+}
+
+/// Sets a state to 0.
+#[derive(Clone, Debug)]
+pub struct Clear;
+
+impl Op for Clear {
+    fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(|a| {
+                a.slice_mut::<f32>(0).fill(0.0);
+                Ok(())
+            })),
+        }
+    }
+    fn updates(&self) -> Vec<(usize, usize)> {
+        vec![(0, 0)]
+    }
+}
+
+/// Adds 1 to a counter.
+#[derive(Clone, Debug)]
+pub struct Increment;
+
+impl Op for Increment {
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        Ok(vec![inputs[0].clone()])
+    }
+    fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(|a| {
+                a.slice_mut::<i32>(0)[0] += 1;
+                Ok(())
+            })),
+        }
+    }
+    fn updates(&self) -> Vec<(usize, usize)> {
+        vec![(0, 0)]
+    }
+}

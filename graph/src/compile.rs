@@ -1,0 +1,69 @@
+//! From a model file to a plan.
+
+use std::sync::Arc;
+
+use crate::components::{Objectives, OptimizerRef, Options};
+use crate::diagnostic::Errors;
+use crate::format::model::ModelFile;
+use crate::format::number::Scope;
+use crate::op::Op;
+use crate::optimizer::Optimizer;
+use crate::plan::Plan;
+use crate::registry::Registry;
+use crate::systems::expand::expand;
+use crate::world::World;
+
+/// What to compile.
+#[derive(Clone)]
+pub struct Request {
+    /// Where ops are found.
+    pub registry: Arc<Registry>,
+    /// The model.
+    pub model: Arc<ModelFile>,
+    /// Its config, with what was set.
+    pub scope: Scope,
+    /// Sizes, seed, training or not.
+    pub options: Options,
+    /// The loss and other figures by name; `loss` is what training minimises.
+    pub objectives: Vec<(String, Arc<dyn Op>)>,
+    /// What updates the parameters, if the model is trained.
+    pub optimizer: Option<Arc<dyn Optimizer>>,
+    /// Systems to leave out.
+    pub without: Vec<String>,
+}
+
+/// A world whose systems have run, and its plan.
+pub struct Compiled {
+    /// Nodes and values with their components.
+    pub world: World,
+    /// Launches and memory.
+    pub plan: Plan,
+}
+
+/// Compiles a model.
+///
+/// # Errors
+/// Everything that is wrong with the model file.
+pub fn compile(request: &Request) -> Result<Compiled, Errors> {
+    let mut world = World::new();
+    world.set_resource(request.registry.clone());
+    world.set_resource(request.model.clone());
+    world.set_resource(request.scope.clone());
+    world.set_resource(request.options.clone());
+    world.set_resource(Objectives(request.objectives.clone()));
+    if let Some(optimizer) = &request.optimizer {
+        world.set_resource(OptimizerRef(optimizer.clone()));
+    }
+    expand(&mut world)?;
+    compile_world(world, &request.registry, &request.without)
+}
+
+/// Runs the systems behind `expand` on a world that was built by hand.
+///
+/// # Errors
+/// What the first failing system says.
+pub fn compile_world(mut world: World, registry: &Registry, without: &[String]) -> Result<Compiled, Errors> {
+    registry.systems.run(&mut world, without)?;
+    let plan = Plan::new(&world);
+    Ok(Compiled { world, plan })
+}

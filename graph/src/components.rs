@@ -1,0 +1,96 @@
+//! The components and resources that the systems share. A component that only one system knows lives there.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::diagnostic::Span;
+use crate::op::{Op, Parameter};
+use crate::optimizer::Optimizer;
+use crate::world::ValueId;
+
+/// Of nodes: the path of row names. Of values: what people call it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Name(pub String);
+
+/// Of nodes: where the row stands.
+#[derive(Clone, Debug)]
+pub struct Place(pub Span);
+
+/// Of nodes: what it does.
+#[derive(Clone, Debug)]
+pub struct OpRef(pub Arc<dyn Op>);
+
+/// Of values: what it is for. Values of nodes are `Activation` until `differentiate` makes gradients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Written by the host before a run.
+    Input,
+    /// Trained.
+    Parameter,
+    /// Kept from step to step: optimizer moments, counters.
+    State,
+    /// Made and used within a step.
+    Activation,
+    /// Likewise, in the backward pass.
+    Gradient,
+}
+
+/// Of parameter values: full name, shape and initialiser. `Parameter::name` is the full path here.
+#[derive(Clone, Debug)]
+pub struct ParameterOf(pub Parameter);
+
+/// Of parameter values: whether weight decay applies. The rule of nanoGPT: two dimensions or more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decays(pub bool);
+
+/// Of parameter values: their gradient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GradientOf(pub ValueId);
+
+/// Of nodes: when they run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Phase {
+    /// Once for every micro-batch.
+    Step,
+    /// Once for every update, after the micro-batches.
+    Update,
+}
+
+/// Resource: what is compiled, and for what.
+#[derive(Clone)]
+pub struct Options {
+    /// Sequences in a micro-batch.
+    pub batch: usize,
+    /// Tokens in a sequence.
+    pub block: usize,
+    /// Micro-batches in an update.
+    pub micro_batches: usize,
+    /// For random masks.
+    pub seed: u64,
+    /// Whether the model is trained: backward pass, update, dropout.
+    pub training: bool,
+}
+
+/// Resource: the loss and other figures, each an op of (logits, targets) with a name. The first is the loss.
+#[derive(Clone, Default)]
+pub struct Objectives(pub Vec<(String, Arc<dyn Op>)>);
+
+/// Resource: what updates the parameters.
+#[derive(Clone)]
+pub struct OptimizerRef(pub Arc<dyn Optimizer>);
+
+/// Resource: values that the host writes, by name: `tokens`, `targets`.
+#[derive(Clone, Debug, Default)]
+pub struct Inputs(pub BTreeMap<String, ValueId>);
+
+/// Resource: values that the host reads, by name: `logits`, `loss`, `grad_norm`.
+#[derive(Clone, Debug, Default)]
+pub struct Outputs(pub BTreeMap<String, ValueId>);
+
+/// Resource: state values by name: `step`, `weight.m`.
+#[derive(Clone, Debug, Default)]
+pub struct States(pub BTreeMap<String, ValueId>);
+
+/// Resource: all parameters, in the order of the model file.
+#[derive(Clone, Debug, Default)]
+pub struct Parameters(pub Vec<ValueId>);

@@ -1,0 +1,6 @@
+//! The RON format that models and pipelines share.
+
+pub mod formula;
+pub mod model;
+pub mod number;
+pub mod rows;

@@ -1,0 +1,221 @@
+//! Rows: `("name", Op(attributes), ["inputs"])`, the common form of models and pipelines.
+//!
+//! Each row is kept as raw text first and parsed on its own, so that one wrong row does not hide the errors
+//! of the others. The address of a raw slice inside of the file's text gives its place.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use ron::value::RawValue;
+use serde::de::DeserializeOwned;
+
+use crate::diagnostic::{Diagnostic, Errors, Source, Span};
+use crate::registry::Table;
+
+/// A string and where it stands.
+#[derive(Clone, Debug)]
+pub struct Spanned {
+    /// The string.
+    pub text: String,
+    /// Its place.
+    pub bytes: Range<usize>,
+}
+
+/// A row of a file.
+#[derive(Clone, Debug)]
+pub struct Row {
+    /// Names of the outputs; the first one is also the row's name.
+    pub names: Vec<Spanned>,
+    /// The op's name, before `(`.
+    pub op: Spanned,
+    /// The attributes with their parentheses; `()` where the row has none.
+    pub attributes: Spanned,
+    /// Names of the inputs.
+    pub inputs: Vec<Spanned>,
+}
+
+impl Row {
+    /// The row's name: its first output.
+    pub fn name(&self) -> &str {
+        &self.names[0].text
+    }
+}
+
+/// Reads a file of text.
+///
+/// # Errors
+/// If it cannot be read or is not UTF-8, with the place of the first wrong byte.
+pub fn read_source(path: &Path) -> Result<Arc<Source>, Diagnostic> {
+    let name = path.display().to_string();
+    let bytes = std::fs::read(path)
+        .map_err(|e| Diagnostic::new(format!("cannot read `{name}`: {e}")).help("give the path of a .ron file"))?;
+    match String::from_utf8(bytes) {
+        Ok(text) => Ok(Arc::new(Source { name, text })),
+        Err(e) => Err(Diagnostic::new(format!(
+            "`{name}` is not UTF-8: byte {} cannot be decoded",
+            e.utf8_error().valid_up_to()
+        ))),
+    }
+}
+
+/// Parses a whole file into its top-level struct.
+///
+/// # Errors
+/// The first syntax error, or the first wrong field of the struct.
+pub fn parse_file<'a, T: serde::Deserialize<'a>>(source: &'a Arc<Source>) -> Result<T, Diagnostic> {
+    ron::Options::default().from_str(&source.text).map_err(|e| ron_error(source, &source.text, 0, &e))
+}
+
+/// A ron error about `text`, which starts at byte `base` of the file.
+pub fn ron_error(source: &Arc<Source>, text: &str, base: usize, error: &ron::error::SpannedError) -> Diagnostic {
+    let byte = |position: &ron::error::Position| {
+        let line_start: usize = text.split_inclusive('\n').take(position.line.saturating_sub(1)).map(str::len).sum();
+        let line = &text[line_start..];
+        line_start + line.chars().take(position.col.saturating_sub(1)).map(char::len_utf8).sum::<usize>()
+    };
+    let start = byte(&error.span.start).min(text.len());
+    let end = byte(&error.span.end).clamp(start, text.len());
+    let diagnostic =
+        Diagnostic::new(error.code.to_string()).at(Span { source: source.clone(), bytes: base + start..base + end });
+    match &error.code {
+        ron::Error::NoSuchStructField { expected, found, .. }
+        | ron::Error::NoSuchEnumVariant { expected, found, .. } => {
+            let what = if matches!(error.code, ron::Error::NoSuchStructField { .. }) { "attribute" } else { "value" };
+            let known = if expected.is_empty() {
+                "there are none".to_string()
+            } else {
+                format!("expected one of: {}", expected.join(", "))
+            };
+            Diagnostic { message: format!("unknown {what} `{found}`, {known}"), ..diagnostic }
+                .nearest(found, expected.iter().copied())
+        }
+        ron::Error::MissingStructField { field, .. } => {
+            Diagnostic { message: format!("the attribute `{field}` is missing"), ..diagnostic }
+        }
+        _ => diagnostic,
+    }
+}
+
+/// The place of a slice of the file's text.
+fn place(source: &Source, slice: &str) -> Range<usize> {
+    let start = slice.as_ptr() as usize - source.text.as_ptr() as usize;
+    start..start + slice.len()
+}
+
+fn trimmed(raw: &RawValue) -> &str {
+    raw.get_ron().trim()
+}
+
+/// Parses the rows of a list; wrong ones are reported and left out.
+pub fn parse_rows(source: &Arc<Source>, rows: &[&RawValue], errors: &mut Errors) -> Vec<Row> {
+    rows.iter().filter_map(|raw| parse_row(source, raw).map_err(|e| errors.push(e)).ok()).collect()
+}
+
+fn sub_parse<'a, T: serde::Deserialize<'a>>(source: &Arc<Source>, text: &'a str) -> Result<T, Diagnostic> {
+    ron::from_str(text).map_err(|e| ron_error(source, text, place(source, text).start, &e))
+}
+
+fn strings(source: &Arc<Source>, text: &str) -> Result<Vec<Spanned>, Diagnostic> {
+    let items: Vec<&RawValue> = sub_parse(source, text)?;
+    items
+        .into_iter()
+        .map(|raw| {
+            let text = trimmed(raw);
+            Ok(Spanned { text: sub_parse(source, text)?, bytes: place(source, text) })
+        })
+        .collect()
+}
+
+fn parse_row(source: &Arc<Source>, raw: &RawValue) -> Result<Row, Diagnostic> {
+    let text = trimmed(raw);
+    let whole = Span { source: source.clone(), bytes: place(source, text) };
+    let (names, op, inputs): (&RawValue, &RawValue, &RawValue) = sub_parse(source, text).map_err(|e| {
+        let help = "a row is (\"name\", Op(attributes), [\"inputs\"])";
+        if e.help.is_some() { e } else { e.help(help) }
+    })?;
+    let names = trimmed(names);
+    let names = if names.starts_with('[') {
+        strings(source, names)?
+    } else {
+        vec![Spanned { text: sub_parse(source, names)?, bytes: place(source, names) }]
+    };
+    if names.is_empty() {
+        return Err(Diagnostic::new("a row needs at least one name").at(whole));
+    }
+    for name in &names {
+        if !valid_name(&name.text) {
+            return Err(Diagnostic::new(format!("`{}` is not a name", name.text))
+                .at(Span { source: source.clone(), bytes: name.bytes.clone() })
+                .help("names are letters, digits, `_` and `.` between them"));
+        }
+    }
+    let op_text = trimmed(op);
+    let end = op_text.find(|c: char| !(c.is_alphanumeric() || c == '_')).unwrap_or(op_text.len());
+    let bytes = place(source, op_text);
+    let attributes = op_text[end..].trim();
+    let attributes = if attributes.is_empty() {
+        Spanned { text: "()".into(), bytes: bytes.end..bytes.end }
+    } else {
+        Spanned { text: attributes.to_string(), bytes: place(source, attributes) }
+    };
+    if end == 0 || !attributes.text.starts_with('(') {
+        return Err(Diagnostic::new(format!("expected an op such as `Linear(out: 8)`, found `{op_text}`"))
+            .at(Span { source: source.clone(), bytes }));
+    }
+    Ok(Row {
+        names,
+        op: Spanned { text: op_text[..end].to_string(), bytes: bytes.start..bytes.start + end },
+        attributes,
+        inputs: strings(source, trimmed(inputs))?,
+    })
+}
+
+fn valid_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.split('.').all(|part| !part.is_empty() && part.chars().all(|c| c.is_alphanumeric() || c == '_'))
+}
+
+impl Row {
+    fn wrong(&self, source: &Arc<Source>, at: &Spanned, message: impl Into<String>) -> Diagnostic {
+        Diagnostic::new(message).at(Span { source: source.clone(), bytes: at.bytes.clone() }).row(self.name())
+    }
+
+    /// The registered op or stage that the row names, with its attributes.
+    ///
+    /// # Errors
+    /// An unknown name or a wrong attribute.
+    pub fn parse<K: ?Sized>(
+        &self,
+        source: &Arc<Source>,
+        table: Option<&Table<K>>,
+        kind: &str,
+    ) -> Result<Arc<K>, Diagnostic> {
+        let Some(entry) = table.and_then(|t| t.get(&self.op.text)) else {
+            return Err(self
+                .wrong(source, &self.op, format!("unknown {kind} `{}`", self.op.text))
+                .nearest(&self.op.text, table.iter().flat_map(|t| t.names())));
+        };
+        entry.parse(&self.attributes.text).map_err(|e| self.attribute_error(source, &e))
+    }
+
+    /// The attributes as a struct of the format itself, such as `Repeat`'s.
+    ///
+    /// # Errors
+    /// A wrong attribute.
+    pub fn parse_as<T: DeserializeOwned>(&self, source: &Arc<Source>) -> Result<T, Diagnostic> {
+        ron::from_str(&self.attributes.text).map_err(|e| self.attribute_error(source, &e))
+    }
+
+    fn attribute_error(&self, source: &Arc<Source>, error: &ron::error::SpannedError) -> Diagnostic {
+        let mut diagnostic =
+            ron_error(source, &self.attributes.text, self.attributes.bytes.start, error).row(self.name());
+        diagnostic.message = format!("`{}`: {}", self.op.text, diagnostic.message);
+        diagnostic
+    }
+
+    /// The place of the row's op.
+    pub fn span(&self, source: &Arc<Source>) -> Span {
+        Span { source: source.clone(), bytes: self.op.bytes.clone() }
+    }
+}

@@ -1,0 +1,187 @@
+//! What an op is: a serde struct that knows its shapes, parameters, gradient and kernels.
+//!
+//! An elementwise op only gives an [`expression`](Op::expression): its shape rule, gradient and kernels follow.
+//! Any other op gives a shape rule, a gradient in terms of further ops, and a kernel.
+
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use dataflow_kernels::device::{Kernel, Target};
+use dataflow_kernels::expression::Program;
+
+use crate::elementwise;
+use crate::gradient::Gradient;
+use crate::initializer::Initializer;
+use crate::types::TensorType;
+
+/// Why an op cannot be used as a row uses it. The compiler adds the row and its place.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct OpError(pub String);
+
+impl From<String> for OpError {
+    fn from(message: String) -> Self {
+        Self(message)
+    }
+}
+
+impl From<&str> for OpError {
+    fn from(message: &str) -> Self {
+        Self(message.to_string())
+    }
+}
+
+/// A trained tensor that an op asks for.
+#[derive(Clone, Debug)]
+pub struct Parameter {
+    /// The name behind the row's path: `weight` of row `h.0.attn` is `h.0.attn.weight`. Empty: the path itself.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Its values before training.
+    pub init: Initializer,
+    /// The path (below the model's prefix) of another parameter to use instead of one of its own.
+    pub tie: Option<String>,
+}
+
+impl Parameter {
+    /// A parameter of its own.
+    pub fn new(name: &str, shape: impl Into<Vec<usize>>, init: Initializer) -> Self {
+        Self { name: name.to_string(), shape: shape.into(), init, tie: None }
+    }
+}
+
+/// Where the outputs of an op that only moves data lie already.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum View {
+    /// Output `o` is the columns of input 0 from the `o`th of these on.
+    Columns(Vec<usize>),
+    /// Input `i` lies in output 0 from the `i`th of these columns on.
+    Gather(Vec<usize>),
+}
+
+/// Work of one launch.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cost {
+    /// Floating-point operations; a multiply-add counts two.
+    pub flops: f64,
+    /// Bytes read and written, each tensor once.
+    pub bytes: f64,
+}
+
+/// What a kernel may know of its node.
+pub struct NodeView<'a> {
+    /// The path of row names.
+    pub name: &'a str,
+    /// Types of all inputs: data, then parameters, then the step counter if the op uses it.
+    pub inputs: &'a [TensorType],
+    /// Types of all outputs.
+    pub outputs: &'a [TensorType],
+    /// The seed of the run.
+    pub seed: u64,
+}
+
+impl NodeView<'_> {
+    /// Bytes of all inputs and outputs.
+    pub fn bytes(&self) -> f64 {
+        self.inputs.iter().chain(self.outputs).map(|t| t.bytes() as f64).sum()
+    }
+}
+
+/// A registered kind of node.
+pub trait Op: fmt::Debug + Send + Sync + 'static {
+    /// How many data inputs a row may give.
+    fn arity(&self) -> RangeInclusive<usize> {
+        1..=1
+    }
+
+    /// The types of the outputs, given those of the data inputs. The first ones are named by the row; further
+    /// ones are what the backward pass wants to be saved.
+    ///
+    /// # Errors
+    /// What does not fit, with the shapes.
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        elementwise::infer(inputs)
+    }
+
+    /// The trained tensors, which become further inputs behind the data.
+    ///
+    /// # Errors
+    /// What does not fit.
+    fn parameters(&self, _inputs: &[TensorType]) -> Result<Vec<Parameter>, OpError> {
+        Ok(Vec::new())
+    }
+
+    /// For an elementwise op of `inputs` inputs: what it computes.
+    fn expression(&self, _inputs: usize) -> Option<Program> {
+        None
+    }
+
+    /// Writes the gradient as further nodes.
+    ///
+    /// # Errors
+    /// If the op has none; then it cannot stand on a path from a parameter to the loss.
+    fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
+        match self.expression(g.inputs()) {
+            Some(program) => elementwise::gradient(&program, g),
+            None => Err("the op has no gradient, but lies on a path from a parameter to the loss".into()),
+        }
+    }
+
+    /// The kernel for a device.
+    ///
+    /// # Errors
+    /// If there is none for these types.
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        match self.expression(node.inputs.len()) {
+            Some(program) => elementwise::lower(&program, node, target),
+            None => Err("the op has no kernel for this device".into()),
+        }
+    }
+
+    /// For an op that only moves data: where its outputs lie already. `lower` is used where a reader cannot
+    /// follow.
+    fn view(&self, _inputs: &[TensorType]) -> Option<View> {
+        None
+    }
+
+    /// Pairs (output, input) that may be the same memory where the input is read for the last time. Elementwise
+    /// ops allow all of them.
+    fn in_place(&self) -> Vec<(usize, usize)> {
+        Vec::new()
+    }
+
+    /// Pairs (output, input) that must be the same memory: the op updates the input.
+    fn updates(&self) -> Vec<(usize, usize)> {
+        Vec::new()
+    }
+
+    /// Whether the kernel takes inputs and outputs with gaps between their rows (see `Rows`). Elementwise ops
+    /// do.
+    fn strided(&self) -> bool {
+        false
+    }
+
+    /// Whether the op wants the step counter (`i32[1]`) as its last input, such as for random masks.
+    fn uses_step(&self) -> bool {
+        false
+    }
+
+    /// The op for the node of this path, where nodes differ: dropout draws its own mask at each.
+    fn placed(&self, _path: &str) -> Option<Arc<dyn Op>> {
+        None
+    }
+
+    /// What stands in for the op when the model is evaluated: dropout becomes nothing.
+    fn evaluation(&self) -> Option<Arc<dyn Op>> {
+        None
+    }
+
+    /// The work of one launch.
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        let per_element = self.expression(node.inputs.len()).map_or(0.0, |p| p.flops() as f64);
+        let elements = node.outputs.first().map_or(0, TensorType::elements) as f64;
+        Cost { flops: per_element * elements, bytes: node.bytes() }
+    }
+}

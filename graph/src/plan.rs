@@ -1,0 +1,184 @@
+//! What the systems leave behind: an ordered list of launches and the layout of memory.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use dataflow_kernels::device::{Launch, Operand, Region, Target};
+
+use crate::build::types_of;
+use crate::components::{Inputs, Name, OpRef, Options, Outputs, ParameterOf, Parameters, Phase, Place, States};
+use crate::diagnostic::{Diagnostic, Errors};
+use crate::op::{Cost, NodeView, Parameter};
+use crate::systems::allocate::{Layout, Located};
+use crate::systems::in_place::InPlace;
+use crate::systems::order::Order;
+use crate::systems::simplify::NoLaunch;
+use crate::types::TensorType;
+use crate::world::{NodeId, ValueId, World};
+
+/// One launch of a plan, for people and for the device.
+#[derive(Clone, Debug)]
+pub struct PlannedLaunch {
+    /// The node.
+    pub node: NodeId,
+    /// The path of row names.
+    pub name: String,
+    /// The op and its attributes.
+    pub op: String,
+    /// When it runs.
+    pub phase: Phase,
+    /// What it reads.
+    pub inputs: Vec<Operand>,
+    /// What it writes.
+    pub outputs: Vec<Operand>,
+    /// Pairs (output, input) that are the same memory.
+    pub in_place: Vec<(usize, usize)>,
+    /// Its work.
+    pub cost: Cost,
+}
+
+/// A tensor that the host can reach.
+#[derive(Clone, Debug)]
+pub struct Port {
+    /// Its type.
+    pub tensor: TensorType,
+    /// Where it lies.
+    pub operand: Operand,
+}
+
+/// A trained tensor.
+#[derive(Clone, Debug)]
+pub struct PlannedParameter {
+    /// Full name, shape, initialiser.
+    pub parameter: Parameter,
+    /// Where it lies.
+    pub port: Port,
+    /// Whether weight decay applies.
+    pub decays: bool,
+}
+
+/// Launches and memory of a compiled model.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// In order; those of the phase `Step` come first.
+    pub launches: Vec<PlannedLaunch>,
+    /// Memory.
+    pub layout: Layout,
+    /// What the host writes.
+    pub inputs: BTreeMap<String, Port>,
+    /// What the host reads.
+    pub outputs: BTreeMap<String, Port>,
+    /// What is kept from step to step.
+    pub states: BTreeMap<String, Port>,
+    /// All parameters, in the order of the model file.
+    pub parameters: Vec<PlannedParameter>,
+}
+
+impl Plan {
+    /// The plan of a world whose systems have run.
+    pub(crate) fn new(world: &World) -> Self {
+        let seed = world.resource::<Options>().map_or(0, |o| o.seed);
+        let order = &world.resource::<Order>().expect("`order` ran").0;
+        let operands =
+            |values: &[ValueId]| values.iter().map(|v| world.expect::<Located>(*v).0.clone()).collect::<Vec<_>>();
+        let launches = order.iter().filter(|n| world.get::<NoLaunch>(**n).is_none()).map(|&node| {
+            let (inputs, outputs) = (world.inputs(node), world.outputs(node));
+            let op = &world.expect::<OpRef>(node).0;
+            let mut in_place = op.updates();
+            in_place.extend(world.get::<InPlace>(node).iter().flat_map(|p| p.0.iter().copied()));
+            let name = world.expect::<Name>(node).0.clone();
+            let (input_types, output_types) = (types_of(world, &inputs), types_of(world, &outputs));
+            let view = NodeView { name: &name, inputs: &input_types, outputs: &output_types, seed };
+            PlannedLaunch {
+                node,
+                op: format!("{op:?}"),
+                phase: *world.expect::<Phase>(node),
+                inputs: operands(&inputs),
+                outputs: operands(&outputs),
+                in_place,
+                cost: op.cost(&view),
+                name,
+            }
+        });
+        let launches = launches.collect();
+        let port = |value: ValueId| Port {
+            tensor: world.expect::<TensorType>(value).clone(),
+            operand: world.expect::<Located>(value).0.clone(),
+        };
+        let ports = |names: &BTreeMap<String, ValueId>| names.iter().map(|(n, v)| (n.clone(), port(*v))).collect();
+        let parameters = world.resource::<Parameters>().cloned().unwrap_or_default().0;
+        Self {
+            launches,
+            layout: world.resource::<Layout>().expect("`allocate` ran").clone(),
+            inputs: ports(&world.resource::<Inputs>().cloned().unwrap_or_default().0),
+            outputs: ports(&world.resource::<Outputs>().cloned().unwrap_or_default().0),
+            states: ports(&world.resource::<States>().cloned().unwrap_or_default().0),
+            parameters: parameters
+                .into_iter()
+                .map(|value| PlannedParameter {
+                    parameter: world.expect::<ParameterOf>(value).0.clone(),
+                    port: port(value),
+                    decays: world.get::<crate::components::Decays>(value).is_some_and(|d| d.0),
+                })
+                .collect(),
+        }
+    }
+
+    /// The launches that run once for every micro-batch.
+    pub fn step_range(&self) -> Range<usize> {
+        0..self.launches.partition_point(|l| l.phase == Phase::Step)
+    }
+
+    /// The launches that run once for every update.
+    pub fn update_range(&self) -> Range<usize> {
+        self.step_range().end..self.launches.len()
+    }
+
+    /// Bytes of a region.
+    pub fn bytes(&self, region: Region) -> usize {
+        self.layout.bytes[Region::ALL.iter().position(|r| *r == region).expect("every region is listed")]
+    }
+
+    /// Number of trained numbers, tied ones once.
+    pub fn parameter_count(&self) -> usize {
+        self.parameters.iter().map(|p| p.port.tensor.elements()).sum()
+    }
+
+    /// The work of a step with one micro-batch.
+    pub fn cost(&self) -> Cost {
+        self.launches
+            .iter()
+            .fold(Cost::default(), |sum, l| Cost { flops: sum.flops + l.cost.flops, bytes: sum.bytes + l.cost.bytes })
+    }
+}
+
+/// The plan's launches with their kernels.
+///
+/// # Errors
+/// Every node without a kernel for the device.
+pub fn lower(world: &World, plan: &Plan, target: Target) -> Result<Vec<Launch>, Errors> {
+    let seed = world.resource::<Options>().map_or(0, |o| o.seed);
+    let mut errors = Errors::default();
+    let mut launches = Vec::with_capacity(plan.launches.len());
+    for planned in &plan.launches {
+        let inputs = types_of(world, &world.inputs(planned.node));
+        let outputs = types_of(world, &world.outputs(planned.node));
+        let view = NodeView { name: &planned.name, inputs: &inputs, outputs: &outputs, seed };
+        match world.expect::<OpRef>(planned.node).0.lower(&view, target) {
+            Ok(kernel) => launches.push(Launch {
+                name: planned.name.clone(),
+                kernel,
+                inputs: planned.inputs.clone(),
+                outputs: planned.outputs.clone(),
+                in_place: planned.in_place.clone(),
+            }),
+            Err(e) => {
+                let mut diagnostic = Diagnostic::new(e.0).row(planned.name.clone());
+                diagnostic.span = world.get::<Place>(planned.node).map(|p| p.0.clone());
+                errors.push(diagnostic);
+            }
+        }
+    }
+    errors.into_result()?;
+    Ok(launches)
+}

@@ -1,0 +1,153 @@
+//! A compiled model on a device.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use dataflow_kernels::device::{Buffer, Device, DeviceError, Element, Program, Region, as_bytes, as_bytes_mut};
+
+use crate::compile::Compiled;
+use crate::diagnostic::{Diagnostic, Errors};
+use crate::plan::{Plan, Port, lower};
+
+/// A plan with its kernels and memory.
+pub struct Session {
+    device: Arc<dyn Device>,
+    plan: Plan,
+    program: Box<dyn Program>,
+    buffers: [Buffer; 4],
+}
+
+impl Session {
+    /// Loads a compiled model. With `parameters_of`, parameters are shared with that session: a program that
+    /// evaluates sees what the one that trains has learned.
+    ///
+    /// # Errors
+    /// A node without a kernel for the device, or no memory left.
+    pub fn new(device: Arc<dyn Device>, compiled: &Compiled, parameters_of: Option<&Session>) -> Result<Self, Errors> {
+        let plan = compiled.plan.clone();
+        let launches = lower(&compiled.world, &plan, device.target())?;
+        let to_errors = |e: DeviceError| Errors::from(Diagnostic::new(e.to_string()));
+        let mut buffers = Vec::with_capacity(4);
+        for region in Region::ALL {
+            buffers.push(match parameters_of {
+                Some(other) if region == Region::Parameters => {
+                    let same = other.plan.parameters.len() == plan.parameters.len()
+                        && other
+                            .plan
+                            .parameters
+                            .iter()
+                            .zip(&plan.parameters)
+                            .all(|(a, b)| a.parameter.name == b.parameter.name && a.port.operand == b.port.operand);
+                    if !same {
+                        return Err(Diagnostic::new("the two programs do not have the same parameters").into());
+                    }
+                    other.buffer(region).clone()
+                }
+                _ => device.allocate(plan.bytes(region)).map_err(to_errors)?,
+            });
+        }
+        let buffers: [Buffer; 4] = buffers.try_into().expect("one buffer for each region");
+        let program = device.load(launches, buffers.clone()).map_err(to_errors)?;
+        Ok(Self { device, plan, program, buffers })
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<dyn Device> {
+        &self.device
+    }
+
+    fn buffer(&self, region: Region) -> &Buffer {
+        &self.buffers[Region::ALL.iter().position(|r| *r == region).expect("every region is listed")]
+    }
+
+    /// Fills all parameters by their initialisers.
+    ///
+    /// # Errors
+    /// A formula without a value.
+    pub fn initialize(&mut self, seed: u64) -> Result<(), Errors> {
+        let mut values = Vec::new();
+        for planned in &self.plan.parameters {
+            let (parameter, port) = (&planned.parameter, &planned.port);
+            values.clear();
+            values.resize(port.tensor.elements(), 0.0f32);
+            parameter.init.fill(seed, &parameter.name, &parameter.shape, &mut values).map_err(Diagnostic::new)?;
+            self.write(port, &values);
+        }
+        Ok(())
+    }
+
+    /// Copies numbers to a tensor.
+    ///
+    /// # Panics
+    /// If their number or type is not the tensor's.
+    pub fn write<T: Element>(&self, port: &Port, values: &[T]) {
+        assert_eq!((values.len(), T::DTYPE), (port.tensor.elements(), port.tensor.dtype));
+        self.device.write(self.buffer(port.operand.region), port.operand.offset, as_bytes(values));
+    }
+
+    /// Copies a tensor's numbers.
+    ///
+    /// # Panics
+    /// If their number or type is not the tensor's.
+    pub fn read_into<T: Element>(&self, port: &Port, values: &mut [T]) {
+        assert_eq!((values.len(), T::DTYPE), (port.tensor.elements(), port.tensor.dtype));
+        self.device.read(self.buffer(port.operand.region), port.operand.offset, as_bytes_mut(values));
+    }
+
+    /// A tensor's numbers.
+    pub fn read<T: Element>(&self, port: &Port) -> Vec<T> {
+        let mut values = vec![T::default(); port.tensor.elements()];
+        self.read_into(port, &mut values);
+        values
+    }
+
+    /// Writes the input of this name, such as `tokens`.
+    ///
+    /// # Panics
+    /// If there is none, or the sizes differ.
+    pub fn write_input<T: Element>(&self, name: &str, values: &[T]) {
+        self.write(self.plan.inputs.get(name).unwrap_or_else(|| panic!("the program has no input `{name}`")), values);
+    }
+
+    /// The output of this name, such as `logits`.
+    pub fn output<T: Element>(&self, name: &str) -> Option<Vec<T>> {
+        self.plan.outputs.get(name).map(|port| self.read(port))
+    }
+
+    /// The output of this name as one number, such as `loss`.
+    pub fn scalar(&self, name: &str) -> Option<f32> {
+        let port = self.plan.outputs.get(name)?;
+        let mut value = [0.0];
+        self.read_into(port, &mut value);
+        Some(value[0])
+    }
+
+    /// Runs the launches of one micro-batch.
+    ///
+    /// # Errors
+    /// If a kernel refuses its input.
+    pub fn run_step(&mut self) -> Result<(), DeviceError> {
+        self.program.run(self.plan.step_range())
+    }
+
+    /// Runs the launches of an update.
+    ///
+    /// # Errors
+    /// If a kernel refuses its input.
+    pub fn run_update(&mut self) -> Result<(), DeviceError> {
+        self.program.run(self.plan.update_range())
+    }
+
+    /// Runs launches and adds the seconds of each to its place in `seconds`.
+    ///
+    /// # Errors
+    /// If a kernel refuses its input.
+    pub fn run_timed(&mut self, range: Range<usize>, seconds: &mut [f64]) -> Result<(), DeviceError> {
+        self.program.run_timed(range, seconds)
+    }
+}

@@ -1,0 +1,412 @@
+//! The register tiles: the innermost loops of every product.
+//!
+//! [`tile`] keeps `R × V` vectors of the result in registers. A step of `k` loads `V` vectors of a row of b and
+//! multiplies them with `R` broadcast elements of a column of a: with 12 × 2 vectors of AVX-512 that is 24 FMA
+//! for 14 loads, and any tile of at least four rows still has more FMA than loads, so edges cost what they are
+//! worth. Every number of rows up to the full tile is compiled on its own.
+//!
+//! [`dot`] is for a few rows against rows that lie along `k` (matrix-vector products, decoding): nothing is
+//! packed, so every element of the large operand is read once, in order.
+
+use crate::cpu::simd::{Portable, Simd};
+
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::simd::{Avx2, Avx512};
+
+/// What a tile of the result is added to.
+#[derive(Clone, Copy)]
+pub(super) enum Start {
+    Zero,
+    Accumulate,
+    /// The bias at the tile's first column.
+    Bias(*const f32),
+}
+
+/// One tile of the result, `[rows, cols]` with `cols` at most the vectors of the tile.
+///
+/// Element `(r, k)` of a lies at `a + r + k * a_step`, or at `a + r * a_step + k` where `a` is read along `k`;
+/// row `k` of b, a full tile wide, at `b + k * b_step`; row `r` of the result at `c + r * c_step`.
+#[derive(Clone, Copy)]
+pub(super) struct Tile {
+    pub a: *const f32,
+    pub a_step: usize,
+    pub b: *const f32,
+    pub b_step: usize,
+    pub k: usize,
+    pub c: *mut f32,
+    pub c_step: usize,
+    pub cols: usize,
+    pub start: Start,
+}
+
+/// Dot products of rows along `k`: `c(x, y) = start + sum_k x(k) y(k)` for a few rows x and [`DOT_ROWS`] or
+/// fewer rows y.
+#[derive(Clone, Copy)]
+pub(super) struct Dot {
+    pub x: *const f32,
+    pub x_step: usize,
+    pub y: *const f32,
+    pub y_step: usize,
+    pub k: usize,
+    /// Element `(x, y)` lies at `c + x * c_steps.0 + y * c_steps.1`.
+    pub c: *mut f32,
+    pub c_steps: (usize, usize),
+    pub start: Start,
+    /// As `c_steps`, of the bias.
+    pub bias_steps: (usize, usize),
+}
+
+/// Most rows x of a [`Dot`].
+pub(super) const DOT_X: usize = 4;
+/// Most rows y of a [`Dot`].
+pub(super) const DOT_Y: usize = 4;
+/// Vectors of the tile of one row.
+pub(super) const WIDE: usize = 8;
+
+/// The micro-kernels of an instruction set. Each is compiled with its instructions, so the loops around them
+/// need not be.
+pub(super) trait Kernel: Simd {
+    /// Rows of a full tile.
+    const MR: usize;
+    /// Vectors of a full tile.
+    const NV: usize;
+    /// Columns of a full tile.
+    const NR: usize = Self::NV * Self::LANES;
+
+    /// Computes a tile of `rows <= MR`; `along_k` says how a lies.
+    ///
+    /// # Safety
+    /// The operands and the result must be valid for the tile.
+    unsafe fn tile(self, rows: usize, along_k: bool, t: &Tile);
+
+    /// Computes a tile of one row and up to [`WIDE`] vectors, all of whose columns exist in b.
+    ///
+    /// # Safety
+    /// As [`Kernel::tile`].
+    unsafe fn wide_tile(self, t: &Tile);
+
+    /// Computes `xs <= DOT_X` by `ys <= DOT_Y` dot products.
+    ///
+    /// # Safety
+    /// The rows and the result must be valid.
+    unsafe fn dot(self, xs: usize, ys: usize, d: &Dot);
+
+    /// Writes the transpose of `from[rows, cols]`: column `j` goes to `to + j * to_step`, where a whole vector
+    /// is written, zero past `rows`.
+    ///
+    /// # Safety
+    /// `from` must be valid for reads and `to` for vectors at every column.
+    unsafe fn transpose(
+        self,
+        from: *const f32,
+        from_step: usize,
+        rows: usize,
+        cols: usize,
+        to: *mut f32,
+        to_step: usize,
+    );
+
+    /// Copies `rows` rows of `cols <= NR` elements as rows of `width` (whole vectors), zero past `cols`.
+    ///
+    /// # Safety
+    /// As [`Kernel::transpose`].
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn copy(
+        self,
+        from: *const f32,
+        from_step: usize,
+        rows: usize,
+        cols: usize,
+        to: *mut f32,
+        to_step: usize,
+        width: usize,
+    );
+}
+
+#[inline(always)]
+unsafe fn partial<S: Simd>(s: S, p: *const f32, n: usize) -> S::F {
+    // SAFETY: the caller's promise: n elements are readable.
+    s.load_partial(unsafe { std::slice::from_raw_parts(p, n) }, n)
+}
+
+/// `V` vectors, the last one of `last` elements.
+#[inline(always)]
+unsafe fn load<S: Simd, const V: usize>(s: S, p: *const f32, last: usize) -> [S::F; V] {
+    let mut row = [s.zero(); V];
+    // SAFETY: the caller's promise: the elements are readable.
+    unsafe {
+        for v in 0..V - 1 {
+            row[v] = s.load_ptr(p.add(v * S::LANES));
+        }
+        let end = p.add((V - 1) * S::LANES);
+        row[V - 1] = if last == S::LANES { s.load_ptr(end) } else { partial(s, end, last) };
+    }
+    row
+}
+
+/// The body for every row below `$n`, each written out: the accumulators stay in registers only if every index
+/// into them is a constant.
+macro_rules! for_rows {
+    ($r:ident < $n:ident $body:block) => {
+        for_rows!(@each $r $n $body 0 1 2 3 4 5 6 7 8 9 10 11)
+    };
+    (@each $r:ident $n:ident $body:block $($i:literal)*) => {
+        {$(
+            let $r: usize = $i;
+            if $r < $n $body
+        )*}
+    };
+}
+
+/// See the [module](self).
+#[inline(always)]
+unsafe fn tile<S: Simd, const R: usize, const V: usize, const ALONG_K: bool>(s: S, t: &Tile) {
+    // SAFETY: the caller promises that the operands and the result are valid for this tile.
+    unsafe {
+        let mut acc = [[s.zero(); V]; R];
+        let last = t.cols - (V - 1) * S::LANES;
+        match t.start {
+            Start::Zero => {}
+            Start::Accumulate => for_rows!(r < R {
+                acc[r] = load::<S, V>(s, t.c.add(r * t.c_step), last);
+            }),
+            Start::Bias(p) => {
+                let bias = load::<S, V>(s, p, last);
+                for_rows!(r < R {
+                    acc[r] = bias;
+                });
+            }
+        }
+        let (mut a, mut b) = (t.a, t.b);
+        let mut k = t.k;
+        while k > 0 {
+            let row = load::<S, V>(s, b, S::LANES);
+            for_rows!(r < R {
+                let x = s.splat(*a.add(if ALONG_K { r * t.a_step } else { r }));
+                for v in 0..V {
+                    acc[r][v] = s.fma(x, row[v], acc[r][v]);
+                }
+            });
+            a = a.wrapping_add(if ALONG_K { 1 } else { t.a_step });
+            b = b.wrapping_add(t.b_step);
+            k -= 1;
+        }
+        if last == S::LANES {
+            for_rows!(r < R {
+                for v in 0..V {
+                    s.store_ptr(t.c.add(r * t.c_step + v * S::LANES), acc[r][v]);
+                }
+            });
+        } else {
+            for_rows!(r < R {
+                for v in 0..V - 1 {
+                    s.store_ptr(t.c.add(r * t.c_step + v * S::LANES), acc[r][v]);
+                }
+                let end = std::slice::from_raw_parts_mut(t.c.add(r * t.c_step + (V - 1) * S::LANES), last);
+                s.store_partial(end, last, acc[r][V - 1]);
+            });
+        }
+    }
+}
+
+/// See [`Dot`].
+#[inline(always)]
+unsafe fn dot<S: Simd, const X: usize, const Y: usize>(s: S, d: &Dot) {
+    // SAFETY: the caller promises that rows and result are valid.
+    unsafe {
+        // two sums per product, so that a single pair of rows does not wait for one chain of FMA
+        let mut acc = [[[s.zero(); 2]; Y]; X];
+        let mut k = 0;
+        while k + 2 * S::LANES <= d.k {
+            for half in 0..2 {
+                let at = k + half * S::LANES;
+                let mut x = [s.zero(); X];
+                for i in 0..X {
+                    x[i] = s.load_ptr(d.x.add(i * d.x_step + at));
+                }
+                for j in 0..Y {
+                    let y = s.load_ptr(d.y.add(j * d.y_step + at));
+                    for i in 0..X {
+                        acc[i][j][half] = s.fma(x[i], y, acc[i][j][half]);
+                    }
+                }
+            }
+            k += 2 * S::LANES;
+        }
+        while k < d.k {
+            let n = (d.k - k).min(S::LANES);
+            let mut x = [s.zero(); X];
+            for i in 0..X {
+                x[i] = partial(s, d.x.add(i * d.x_step + k), n);
+            }
+            for j in 0..Y {
+                let y = partial(s, d.y.add(j * d.y_step + k), n);
+                for i in 0..X {
+                    acc[i][j][0] = s.fma(x[i], y, acc[i][j][0]);
+                }
+            }
+            k += n;
+        }
+        for i in 0..X {
+            for j in 0..Y {
+                let c = d.c.add(i * d.c_steps.0 + j * d.c_steps.1);
+                let start = match d.start {
+                    Start::Zero => 0.0,
+                    Start::Accumulate => *c,
+                    Start::Bias(p) => *p.add(i * d.bias_steps.0 + j * d.bias_steps.1),
+                };
+                *c = start + s.sum(s.add(acc[i][j][0], acc[i][j][1]));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn copy<S: Simd>(
+    s: S,
+    from: *const f32,
+    from_step: usize,
+    rows: usize,
+    cols: usize,
+    to: *mut f32,
+    to_step: usize,
+    width: usize,
+) {
+    // SAFETY: the caller promises `rows` readable rows of `cols` and as many writable ones of `width`.
+    unsafe {
+        if cols == width {
+            for r in 0..rows {
+                let mut c = 0;
+                while c < width {
+                    s.store_ptr(to.add(r * to_step + c), s.load_ptr(from.add(r * from_step + c)));
+                    c += S::LANES;
+                }
+            }
+        } else {
+            for r in 0..rows {
+                let mut c = 0;
+                while c < width {
+                    let n = cols.saturating_sub(c).min(S::LANES);
+                    s.store_ptr(to.add(r * to_step + c), partial(s, from.add(r * from_step + c.min(cols)), n));
+                    c += S::LANES;
+                }
+            }
+        }
+    }
+}
+
+/// The table of the tiles, and the functions that look into it.
+macro_rules! kernel {
+    ($level:ident, $features:tt, $mr:tt x $nv:tt, [$($rows:tt)*], $transpose:path) => {
+        impl Kernel for $level {
+            const MR: usize = $mr;
+            const NV: usize = $nv;
+
+            #[inline]
+            unsafe fn tile(self, rows: usize, along_k: bool, t: &Tile) {
+                kernel!(@fn $features tile_fn<const R: usize, const V: usize, const K: bool>
+                    (s: $level, t: &Tile) => tile::<$level, R, V, K>(s, t));
+                type Function = unsafe fn($level, &Tile);
+                static TABLE: [[[Function; 2]; $nv]; $mr] = [$(kernel!(@row $nv $rows)),*];
+                let vectors = t.cols.div_ceil(Self::LANES);
+                // SAFETY: the caller's promise; a value of the type proves the instruction set.
+                unsafe { TABLE[rows - 1][vectors - 1][along_k as usize](self, t) }
+            }
+
+            unsafe fn wide_tile(self, t: &Tile) {
+                kernel!(@fn $features wide_fn<const V: usize>(s: $level, t: &Tile) => tile::<$level, 1, V, false>(s, t));
+                // SAFETY: as above.
+                unsafe {
+                    match t.cols.div_ceil(Self::LANES) {
+                        1 => wide_fn::<1>(self, t),
+                        2 => wide_fn::<2>(self, t),
+                        3 => wide_fn::<3>(self, t),
+                        4 => wide_fn::<4>(self, t),
+                        5 => wide_fn::<5>(self, t),
+                        6 => wide_fn::<6>(self, t),
+                        7 => wide_fn::<7>(self, t),
+                        _ => wide_fn::<8>(self, t),
+                    }
+                }
+            }
+
+            unsafe fn dot(self, xs: usize, ys: usize, d: &Dot) {
+                kernel!(@fn $features dot_fn<const X: usize, const Y: usize>(s: $level, d: &Dot) => dot::<$level, X, Y>(s, d));
+                type Function = unsafe fn($level, &Dot);
+                static TABLE: [[Function; DOT_Y]; DOT_X] = [
+                    [dot_fn::<1, 1>, dot_fn::<1, 2>, dot_fn::<1, 3>, dot_fn::<1, 4>],
+                    [dot_fn::<2, 1>, dot_fn::<2, 2>, dot_fn::<2, 3>, dot_fn::<2, 4>],
+                    [dot_fn::<3, 1>, dot_fn::<3, 2>, dot_fn::<3, 3>, dot_fn::<3, 4>],
+                    [dot_fn::<4, 1>, dot_fn::<4, 2>, dot_fn::<4, 3>, dot_fn::<4, 4>],
+                ];
+                // SAFETY: as above.
+                unsafe { TABLE[xs - 1][ys - 1](self, d) }
+            }
+
+            unsafe fn transpose(
+                self,
+                from: *const f32,
+                from_step: usize,
+                rows: usize,
+                cols: usize,
+                to: *mut f32,
+                to_step: usize,
+            ) {
+                kernel!(@fn $features transpose_fn<>
+                    (s: $level, from: *const f32, from_step: usize, rows: usize, cols: usize, to: *mut f32, to_step: usize)
+                    => $transpose(s, from, from_step, rows, cols, to, to_step));
+                // SAFETY: as above.
+                unsafe { transpose_fn(self, from, from_step, rows, cols, to, to_step) }
+            }
+
+            unsafe fn copy(
+                self,
+                from: *const f32,
+                from_step: usize,
+                rows: usize,
+                cols: usize,
+                to: *mut f32,
+                to_step: usize,
+                width: usize,
+            ) {
+                kernel!(@fn $features copy_fn<>
+                    (s: $level, from: *const f32, from_step: usize, rows: usize, cols: usize, to: *mut f32, to_step: usize, width: usize)
+                    => copy(s, from, from_step, rows, cols, to, to_step, width));
+                // SAFETY: as above.
+                unsafe { copy_fn(self, from, from_step, rows, cols, to, to_step, width) }
+            }
+        }
+    };
+    (@row 1 $rows:tt) => { [[tile_fn::<$rows, 1, false>, tile_fn::<$rows, 1, true>]] };
+    (@row 2 $rows:tt) => { [
+        [tile_fn::<$rows, 1, false>, tile_fn::<$rows, 1, true>],
+        [tile_fn::<$rows, 2, false>, tile_fn::<$rows, 2, true>],
+    ] };
+    (@fn "" $name:ident<$(const $p:ident: $pt:ty),*>($($arg:ident: $ty:ty),*) => $body:expr) => {
+        #[allow(clippy::too_many_arguments)]
+        unsafe fn $name<$(const $p: $pt),*>($($arg: $ty),*) {
+            // SAFETY: the caller's promise.
+            unsafe { $body }
+        }
+    };
+    (@fn $features:tt $name:ident<$(const $p:ident: $pt:ty),*>($($arg:ident: $ty:ty),*) => $body:expr) => {
+        #[target_feature(enable = $features)]
+        #[allow(clippy::too_many_arguments)]
+        unsafe fn $name<$(const $p: $pt),*>($($arg: $ty),*) {
+            // SAFETY: the caller's promise.
+            unsafe { $body }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+kernel!(Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", 12 x 2, [1 2 3 4 5 6 7 8 9 10 11 12],
+    super::transpose::avx512);
+#[cfg(target_arch = "x86_64")]
+kernel!(Avx2, "avx2,fma", 6 x 2, [1 2 3 4 5 6], super::transpose::avx2);
+// eight lanes are two registers of SSE2 or NEON, which have 16 and 32
+#[cfg(not(target_arch = "aarch64"))]
+kernel!(Portable, "", 4 x 1, [1 2 3 4], super::transpose::portable);
+#[cfg(target_arch = "aarch64")]
+kernel!(Portable, "", 6 x 2, [1 2 3 4 5 6], super::transpose::portable);

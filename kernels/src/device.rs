@@ -1,0 +1,262 @@
+//! The device boundary: memory, launches, and what runs them.
+//!
+//! A plan is a list of [`Launch`]es over a few memory regions. A [`Device`] allocates the regions, binds the
+//! launches to them once, and runs them any number of times. Everything above this line is the same for every
+//! device; another device implements [`Device`] and adds its form of [`Kernel`].
+
+use std::any::Any;
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+pub use crate::cpu::device::{Arguments, CpuDevice};
+
+/// The kind of device that a kernel is written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Target {
+    /// The processor.
+    Cpu,
+}
+
+/// Element types.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE single precision.
+    F32,
+    /// Token ids, targets and counters.
+    I32,
+}
+
+impl DType {
+    /// Bytes of an element.
+    pub fn size(self) -> usize {
+        match self {
+            DType::F32 | DType::I32 => 4,
+        }
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DType::F32 => "f32",
+            DType::I32 => "i32",
+        })
+    }
+}
+
+/// The memory regions of a program. They are separate allocations, so that programs can share parameters
+/// and each have an arena of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Region {
+    /// Activations, gradients and temporaries: laid out by liveness, contents last one step.
+    Arena,
+    /// Trained parameters.
+    Parameters,
+    /// Optimizer moments, gradient accumulators, counters.
+    State,
+    /// What the host writes before a run and reads after it: tokens, targets, losses.
+    Io,
+}
+
+impl Region {
+    /// Every region, in the order of [`Device::load`]'s buffers.
+    pub const ALL: [Region; 4] = [Region::Arena, Region::Parameters, Region::State, Region::Io];
+}
+
+/// A tensor of a launch: a row-strided matrix in a region.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Operand {
+    /// Where it lies.
+    pub region: Region,
+    /// Byte offset of its first element.
+    pub offset: usize,
+    /// Product of its leading dimensions.
+    pub rows: usize,
+    /// Its last dimension.
+    pub cols: usize,
+    /// Elements from one row to the next.
+    pub stride: usize,
+    /// Element type.
+    pub dtype: DType,
+}
+
+impl Operand {
+    /// Bytes from the first element to one past the last.
+    pub fn span(&self) -> Range<usize> {
+        let elements = if self.rows == 0 || self.cols == 0 { 0 } else { (self.rows - 1) * self.stride + self.cols };
+        self.offset..self.offset + elements * self.dtype.size()
+    }
+
+    /// Whether the two share an element. Column blocks of one wide buffer do not.
+    pub fn overlaps(&self, other: &Operand) -> bool {
+        let (a, b) = (self.span(), other.span());
+        if self.region != other.region || a.start >= b.end || b.start >= a.end {
+            return false;
+        }
+        let bytes = self.stride * self.dtype.size();
+        if self.rows <= 1 || other.rows <= 1 || bytes != other.stride * other.dtype.size() || bytes == 0 {
+            return true;
+        }
+        // rows of both repeat with one period: compare the columns within it
+        let (a, b) = (self.offset % bytes, other.offset % bytes);
+        let (a_end, b_end) = (a + self.cols * self.dtype.size(), b + other.cols * other.dtype.size());
+        let wraps = a_end > bytes || b_end > bytes;
+        wraps || (a < b_end && b < a_end)
+    }
+}
+
+/// Why a kernel refused its input, in words for the user.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{0}")]
+pub struct KernelError(pub String);
+
+/// A kernel for the processor: reads and writes the tensors of its launch.
+pub type CpuKernel = Box<dyn Fn(&Arguments<'_>) -> Result<(), KernelError> + Send + Sync>;
+
+/// The code that a launch runs.
+pub enum Kernel {
+    /// A closure over slices.
+    Cpu(CpuKernel),
+}
+
+impl Kernel {
+    /// A CPU kernel.
+    pub fn cpu(run: impl Fn(&Arguments<'_>) -> Result<(), KernelError> + Send + Sync + 'static) -> Self {
+        Kernel::Cpu(Box::new(run))
+    }
+}
+
+impl fmt::Debug for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Kernel::Cpu(_) => f.write_str("Cpu"),
+        }
+    }
+}
+
+/// One kernel with its tensors.
+#[derive(Debug)]
+pub struct Launch {
+    /// For messages and profiles.
+    pub name: String,
+    /// What runs.
+    pub kernel: Kernel,
+    /// Tensors that are read.
+    pub inputs: Vec<Operand>,
+    /// Tensors that are written.
+    pub outputs: Vec<Operand>,
+    /// Pairs (output, input) that are the same memory: the kernel updates it in place.
+    pub in_place: Vec<(usize, usize)>,
+}
+
+/// What can go wrong on a device.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// No memory left.
+    #[error("the device has no room for {0} more bytes: use a smaller batch, block or model")]
+    OutOfMemory(usize),
+    /// Two tensors of a launch overlap although one of them is written.
+    #[error("launch `{launch}`: {what}")]
+    Plan {
+        /// Its name.
+        launch: String,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A kernel refused its input.
+    #[error("`{launch}`: {source}")]
+    Kernel {
+        /// The launch's name.
+        launch: String,
+        /// The kernel's words.
+        source: KernelError,
+    },
+}
+
+/// Device memory. Clones share it.
+#[derive(Clone)]
+pub struct Buffer {
+    /// Bytes.
+    pub len: usize,
+    pub(crate) memory: Arc<dyn Any + Send + Sync>,
+}
+
+impl fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Buffer({} bytes)", self.len)
+    }
+}
+
+/// What runs a plan.
+pub trait Device: Send + Sync {
+    /// For people: name, instruction set, threads.
+    fn describe(&self) -> String;
+
+    /// Which kernels it takes.
+    fn target(&self) -> Target;
+
+    /// Zeroed memory.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`]
+    fn allocate(&self, bytes: usize) -> Result<Buffer, DeviceError>;
+
+    /// Copies `bytes` to byte `offset` of `to`.
+    ///
+    /// # Panics
+    /// If they do not fit.
+    fn write(&self, to: &Buffer, offset: usize, bytes: &[u8]);
+
+    /// Copies from byte `offset` of `from`.
+    ///
+    /// # Panics
+    /// If `from` is shorter.
+    fn read(&self, from: &Buffer, offset: usize, into: &mut [u8]);
+
+    /// Binds launches to memory, one buffer a [`Region`].
+    ///
+    /// # Errors
+    /// [`DeviceError::Plan`] where an operand lies outside its region or overlaps one that is written.
+    fn load(&self, launches: Vec<Launch>, buffers: [Buffer; 4]) -> Result<Box<dyn Program>, DeviceError>;
+}
+
+/// Launches bound to memory.
+pub trait Program: Send {
+    /// Runs the launches of `range`, in order.
+    ///
+    /// # Errors
+    /// [`DeviceError::Kernel`] if one refuses its input (a token id outside the vocabulary, say).
+    fn run(&mut self, range: Range<usize>) -> Result<(), DeviceError>;
+
+    /// As [`run`](Self::run), and adds the seconds each launch took to its place in `seconds`.
+    ///
+    /// # Errors
+    /// As `run`.
+    fn run_timed(&mut self, range: Range<usize>, seconds: &mut [f64]) -> Result<(), DeviceError>;
+}
+
+/// Numbers that go to a device as they lie in memory.
+pub trait Element: Copy + Default + Send + Sync + 'static {
+    /// Their element type.
+    const DTYPE: DType;
+}
+
+impl Element for f32 {
+    const DTYPE: DType = DType::F32;
+}
+impl Element for i32 {
+    const DTYPE: DType = DType::I32;
+}
+
+/// The bytes of a slice of numbers.
+pub fn as_bytes<T: Element>(data: &[T]) -> &[u8] {
+    // SAFETY: f32 and i32 have no padding and any alignment is right for u8.
+    unsafe { std::slice::from_raw_parts(data.as_ptr().cast(), std::mem::size_of_val(data)) }
+}
+
+/// The bytes of a slice of numbers, for writing.
+pub fn as_bytes_mut<T: Element>(data: &mut [T]) -> &mut [u8] {
+    // SAFETY: as above, and every bit pattern is an f32 or i32.
+    unsafe { std::slice::from_raw_parts_mut(data.as_mut_ptr().cast(), std::mem::size_of_val(data)) }
+}

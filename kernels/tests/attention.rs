@@ -1,0 +1,334 @@
+//! Causal attention: golden cases, awkward sizes against loops in f64, dropout, decoding, and the same bits on any
+//! number of threads.
+
+mod golden;
+
+use dataflow_kernels::cpu::attention::{Dims, Dropout, backward, decode, forward};
+use dataflow_kernels::{Rows, RowsMut};
+use golden::{assert_close, cases};
+
+/// Uniform in -1..1, the same on every run.
+fn random(len: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..len)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+fn rows<'a>(dims: Dims, x: &'a [f32]) -> Rows<'a> {
+    Rows::new(x, dims.batch * dims.time, dims.heads * dims.head_dim, dims.heads * dims.head_dim)
+}
+
+struct Results {
+    out: Vec<f32>,
+    lse: Vec<f32>,
+    dq: Vec<f32>,
+    dk: Vec<f32>,
+    dv: Vec<f32>,
+}
+
+/// Forward and backward on contiguous tensors; results start as NaN.
+fn run(dims: Dims, [q, k, v, dout]: [&[f32]; 4], dropout: Option<Dropout>) -> Results {
+    let cols = dims.heads * dims.head_dim;
+    let nan = || vec![f32::NAN; dims.batch * dims.time * cols];
+    let mut r = Results {
+        out: nan(),
+        lse: vec![f32::NAN; dims.batch * dims.heads * dims.time],
+        dq: nan(),
+        dk: nan(),
+        dv: nan(),
+    };
+    let [q, k, v, dout] = [q, k, v, dout].map(|x| rows(dims, x));
+    forward(dims, q, k, v, dropout, RowsMut::contiguous(&mut r.out, cols), &mut r.lse);
+    let [dq, dk, dv] = [&mut r.dq, &mut r.dk, &mut r.dv].map(|x| RowsMut::contiguous(x, cols));
+    backward(dims, q, k, v, dropout, rows(dims, &r.out), &r.lse, dout, dq, dk, dv);
+    r
+}
+
+/// The same with loops in f64; `mask[((b * heads + h) * time + i) * time + j]` multiplies probabilities.
+fn naive(dims: Dims, [q, k, v, dout]: [&[f32]; 4], mask: Option<&[f32]>) -> [Vec<f32>; 4] {
+    let Dims { batch, time, heads, head_dim } = dims;
+    let mut results = [q, k, v, dout].map(|x| vec![0.0f64; x.len()]);
+    let [out, dq, dk, dv] = &mut results;
+    let scale = 1.0 / (head_dim as f64).sqrt();
+    for b in 0..batch {
+        for h in 0..heads {
+            let at = |t: usize| (b * time + t) * heads * head_dim + h * head_dim;
+            let dot = |x: &[f32], i: usize, y: &[f32], j: usize| -> f64 {
+                (0..head_dim).map(|d| x[at(i) + d] as f64 * y[at(j) + d] as f64).sum()
+            };
+            for i in 0..time {
+                let mut p: Vec<f64> = (0..=i).map(|j| (scale * dot(q, i, k, j)).exp()).collect();
+                let total: f64 = p.iter().sum();
+                p.iter_mut().for_each(|p| *p /= total);
+                let m = |j: usize| mask.map_or(1.0, |m| m[((b * heads + h) * time + i) * time + j] as f64);
+                let dp: Vec<f64> = (0..=i).map(|j| m(j) * dot(dout, i, v, j)).collect();
+                let delta: f64 = p.iter().zip(&dp).map(|(p, dp)| p * dp).sum();
+                for j in 0..=i {
+                    let ds = p[j] * (dp[j] - delta) * scale;
+                    for d in 0..head_dim {
+                        out[at(i) + d] += p[j] * m(j) * v[at(j) + d] as f64;
+                        dv[at(j) + d] += p[j] * m(j) * dout[at(i) + d] as f64;
+                        dq[at(i) + d] += ds * k[at(j) + d] as f64;
+                        dk[at(j) + d] += ds * q[at(i) + d] as f64;
+                    }
+                }
+            }
+        }
+    }
+    results.map(|x| x.into_iter().map(|x| x as f32).collect())
+}
+
+#[test]
+fn golden_cases() {
+    for case in cases("causal_attention") {
+        let shape = &case.get("in/q").shape;
+        let dims = Dims { batch: shape[0], heads: shape[1], time: shape[2], head_dim: shape[3] };
+        let get = |name: &str| case.get(name).permute(&[0, 2, 1, 3]).data;
+        let r = run(dims, [&get("in/q"), &get("in/k"), &get("in/v"), &get("cot/y")], None);
+        for (name, got) in [("out/y", &r.out), ("grad/q", &r.dq), ("grad/k", &r.dk), ("grad/v", &r.dv)] {
+            assert_close(&format!("{} {name}", case.name), got, &get(name), 2e-6);
+        }
+    }
+}
+
+#[test]
+fn awkward_sizes() {
+    for (batch, time, heads, head_dim) in [
+        (1, 1, 1, 1),
+        (2, 5, 3, 10),
+        (1, 64, 2, 32),
+        (1, 65, 1, 64),
+        (2, 200, 3, 10),
+        (1, 300, 2, 128),
+        (9, 130, 2, 115),
+    ] {
+        let dims = Dims { batch, time, heads, head_dim };
+        let len = batch * time * heads * head_dim;
+        // scores of some size, so that rows are far from uniform
+        let mut q = random(len, 1);
+        q.iter_mut().for_each(|x| *x *= 6.0);
+        let (k, v, dout) = (random(len, 2), random(len, 3), random(len, 4));
+        let x: [&[f32]; 4] = [&q, &k, &v, &dout];
+        let r = run(dims, x, None);
+        let want = naive(dims, x, None);
+        for ((name, got), want) in [("out", &r.out), ("dq", &r.dq), ("dk", &r.dk), ("dv", &r.dv)].iter().zip(&want) {
+            if time > 1 || *name == "out" || *name == "dv" {
+                assert_close(&format!("{dims:?} {name}"), got, want, 3e-6);
+            } else {
+                assert!(got.iter().all(|x| x.abs() < 1e-5));
+            }
+        }
+    }
+}
+
+#[test]
+fn huge_scores_do_not_overflow() {
+    let dims = Dims { batch: 1, time: 150, heads: 1, head_dim: 16 };
+    let len = dims.time * dims.head_dim;
+    let big: Vec<f32> = random(len, 1).iter().map(|x| x * 100.0).collect();
+    let r = run(dims, [&big, &big, &random(len, 2), &random(len, 3)], None);
+    assert!([&r.out, &r.lse, &r.dq, &r.dk, &r.dv].iter().all(|x| x.iter().all(|x| x.is_finite())));
+}
+
+/// All activations as column slices of wider matrices; the columns between them stay as they are.
+#[test]
+fn strided_rows() {
+    let dims = Dims { batch: 2, time: 70, heads: 2, head_dim: 12 };
+    let (n, c) = (dims.batch * dims.time, dims.heads * dims.head_dim);
+    let fused = random(n * 3 * c, 5);
+    let dout_wide = random(n * (c + 3), 6);
+    let part = |i: usize| Rows::new(&fused, n, 3 * c, 3 * c).slice_cols(i * c, (i + 1) * c);
+    let dout = Rows::new(&dout_wide, n, c + 3, c + 3).slice_cols(2, 2 + c);
+    let copy = |x: Rows<'_>| (0..n).flat_map(|r| x.row(r).to_vec()).collect::<Vec<f32>>();
+    let want = run(dims, [&copy(part(0)), &copy(part(1)), &copy(part(2)), &copy(dout)], None);
+
+    let mut out = vec![7.0; n * (c + 5)];
+    let mut lse = vec![0.0; dims.batch * dims.heads * dims.time];
+    forward(dims, part(0), part(1), part(2), None, RowsMut::new(&mut out[1..], n, c, c + 5), &mut lse);
+    let mut grads = vec![7.0; n * (3 * c + 2)];
+    {
+        let all = RowsMut::new(&mut grads, n, 3 * c, 3 * c + 2);
+        // SAFETY: three different ranges of columns.
+        let [dq, dk, dv] = std::array::from_fn(|i| unsafe { all.shared_block(0..n, i * c..(i + 1) * c) });
+        let out = Rows::new(&out[1..], n, c, c + 5);
+        backward(dims, part(0), part(1), part(2), None, out, &lse, dout, dq, dk, dv);
+    }
+    for r in 0..n {
+        assert_eq!(out[1 + r * (c + 5)..][..c], want.out[r * c..][..c]);
+        for (i, want) in [&want.dq, &want.dk, &want.dv].into_iter().enumerate() {
+            assert_eq!(grads[r * (3 * c + 2) + i * c..][..c], want[r * c..][..c]);
+        }
+        assert!(grads[r * (3 * c + 2) + 3 * c..][..2].iter().all(|x| *x == 7.0));
+    }
+    assert_eq!(out.iter().filter(|x| **x == 7.0).count(), out.len() - n * c);
+}
+
+#[test]
+fn dropout_masks_probabilities() {
+    let dims = Dims { batch: 2, time: 90, heads: 2, head_dim: 96 };
+    let Dims { batch, time, heads, head_dim } = dims;
+    let len = batch * time * heads * head_dim;
+    let (q, k, v, dout) = (random(len, 1), random(len, 2), random(len, 3), random(len, 4));
+    let dropout = Some(Dropout { p: 0.3, key: [123, 456] });
+    // with v = 1 (identity) the output is the matrix of probabilities
+    let mut identity = vec![0.0; len];
+    for b in 0..batch {
+        for t in 0..time {
+            (0..heads).for_each(|h| identity[((b * time + t) * heads + h) * head_dim + t] = 1.0);
+        }
+    }
+    let kept = run(dims, [&q, &k, &identity, &dout], None).out;
+    let dropped = run(dims, [&q, &k, &identity, &dout], dropout).out;
+    let mut mask = vec![0.0; batch * heads * time * time];
+    let mut zeros = 0;
+    for b in 0..batch {
+        for h in 0..heads {
+            for i in 0..time {
+                for j in 0..=i {
+                    let at = ((b * time + i) * heads + h) * head_dim + j;
+                    let factor = dropped[at] / kept[at];
+                    assert!(factor == 0.0 || (factor - 1.0 / 0.7).abs() < 1e-4, "{factor}");
+                    zeros += usize::from(factor == 0.0);
+                    mask[((b * heads + h) * time + i) * time + j] = if factor == 0.0 { 0.0 } else { 1.0 / 0.7 };
+                }
+            }
+        }
+    }
+    let share = zeros as f64 / (batch * heads * time * (time + 1) / 2) as f64;
+    assert!((share - 0.3).abs() < 0.015, "{share} dropped");
+    let r = run(dims, [&q, &k, &v, &dout], dropout);
+    let want = naive(dims, [&q, &k, &v, &dout], Some(&mask));
+    for (got, want) in [&r.out, &r.dq, &r.dk, &r.dv].into_iter().zip(&want) {
+        assert_close("with dropout", got, want, 3e-6);
+    }
+    let other = run(dims, [&q, &k, &v, &dout], Some(Dropout { p: 0.3, key: [124, 456] }));
+    assert_ne!(r.out, other.out);
+}
+
+#[test]
+fn decoding_equals_the_last_row() {
+    for (batch, time, heads, head_dim) in [(1, 1, 2, 16), (2, 40, 3, 10), (1, 700, 2, 64), (2, 257, 1, 128)] {
+        let dims = Dims { batch, time, heads, head_dim };
+        let (cols, len) = (heads * head_dim, batch * time * heads * head_dim);
+        let (q, k, v) = (random(len, 1), random(len, 2), random(len, 3));
+        let want = run(dims, [&q, &k, &v, &v], None).out;
+        let last = |x: &[f32]| (0..batch).flat_map(|b| x[((b + 1) * time - 1) * cols..][..cols].to_vec()).collect();
+        // a cache with room for more
+        let capacity = time + 9;
+        let cache = |x: &[f32]| {
+            let mut cache = vec![f32::NAN; batch * capacity * cols];
+            (0..batch).for_each(|b| {
+                cache[b * capacity * cols..][..time * cols].copy_from_slice(&x[b * time * cols..][..time * cols])
+            });
+            cache
+        };
+        let (query, k, v): (Vec<f32>, _, _) = (last(&q), cache(&k), cache(&v));
+        let mut out = vec![f32::NAN; batch * cols];
+        decode(
+            heads,
+            time,
+            Rows::contiguous(&query, cols),
+            Rows::contiguous(&k, cols),
+            Rows::contiguous(&v, cols),
+            RowsMut::contiguous(&mut out, cols),
+        );
+        let want: Vec<f32> = last(&want);
+        assert_close(&format!("{dims:?}"), &out, &want, 3e-6);
+    }
+}
+
+#[test]
+fn same_bits_on_any_number_of_threads() {
+    for (batch, heads) in [(1, 2), (10, 2)] {
+        let dims = Dims { batch, time: 260, heads, head_dim: 40 };
+        let len = dims.batch * dims.time * dims.heads * dims.head_dim;
+        let x: Vec<Vec<f32>> = (0..4).map(|i| random(len, i)).collect();
+        let on = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| run(dims, [&x[0], &x[1], &x[2], &x[3]], Some(Dropout { p: 0.1, key: [1, 2] })))
+        };
+        let (one, two) = (on(1), on(2));
+        assert!(one.out == two.out && one.lse == two.lse && one.dq == two.dq && one.dk == two.dk && one.dv == two.dv);
+    }
+}
+
+/// `cargo test --release -p dataflow-kernels --test attention -- --ignored --nocapture`
+#[test]
+#[ignore = "a benchmark"]
+fn speed() {
+    for threads in [1, 2] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        for (batch, time, heads, head_dim) in [(8, 64, 4, 32), (4, 256, 6, 64), (1, 1024, 8, 64), (1, 2048, 4, 128)] {
+            let dims = Dims { batch, time, heads, head_dim };
+            let (n, c) = (batch * time, heads * head_dim);
+            let fused = random(n * 3 * c, 1);
+            let part = |i: usize| Rows::new(&fused, n, 3 * c, 3 * c).slice_cols(i * c, (i + 1) * c);
+            let dout = random(n * c, 2);
+            let (mut out, mut lse) = (vec![0.0; n * c], vec![0.0; batch * heads * time]);
+            let mut grads = vec![0.0; n * 3 * c];
+            let best = |f: &mut dyn FnMut()| {
+                let start = std::time::Instant::now();
+                let mut best = f64::INFINITY;
+                while start.elapsed().as_secs_f64() < 0.15 {
+                    let start = std::time::Instant::now();
+                    f();
+                    best = best.min(start.elapsed().as_secs_f64());
+                }
+                best
+            };
+            let (fwd, drop, bwd) = pool.install(|| {
+                let dropout = Some(Dropout { p: 0.1, key: [1, 2] });
+                let drop = best(&mut || {
+                    forward(dims, part(0), part(1), part(2), dropout, RowsMut::contiguous(&mut out, c), &mut lse)
+                });
+                let fwd = best(&mut || {
+                    forward(dims, part(0), part(1), part(2), None, RowsMut::contiguous(&mut out, c), &mut lse)
+                });
+                let bwd = best(&mut || {
+                    let all = RowsMut::new(&mut grads, n, 3 * c, 3 * c);
+                    // SAFETY: three different ranges of columns.
+                    let [dq, dk, dv] = std::array::from_fn(|i| unsafe { all.shared_block(0..n, i * c..(i + 1) * c) });
+                    let out = Rows::contiguous(&out, c);
+                    backward(dims, part(0), part(1), part(2), None, out, &lse, Rows::contiguous(&dout, c), dq, dk, dv);
+                });
+                (fwd, drop, bwd)
+            });
+            // multiply-adds below the diagonal
+            let product = (batch * heads * head_dim * time * (time + 1)) as f64;
+            println!(
+                "{threads} threads {dims:?}: forward {:.3} ms {:.1} GFLOP/s, with dropout {:.3} ms, backward {:.3} ms {:.1} GFLOP/s",
+                fwd * 1e3,
+                2.0 * product / fwd / 1e9,
+                drop * 1e3,
+                bwd * 1e3,
+                5.0 * product / bwd / 1e9
+            );
+        }
+        // decoding
+        let (batch, heads, dim, len) = (1, 8, 64, 2048);
+        let c = heads * dim;
+        let (k, v, q) = (random(len * c, 1), random(len * c, 2), random(batch * c, 3));
+        let mut out = vec![0.0; batch * c];
+        pool.install(|| {
+            let mut best = f64::INFINITY;
+            for _ in 0..200 {
+                let start = std::time::Instant::now();
+                let [q, k, v] = [&q, &k, &v].map(|x| Rows::contiguous(x, c));
+                decode(heads, len, q, k, v, RowsMut::contiguous(&mut out, c));
+                best = best.min(start.elapsed().as_secs_f64());
+            }
+            let bytes = (2 * len * c * 4) as f64;
+            println!(
+                "{threads} threads decode {len} keys, 8 heads of 64: {:.1} us, {:.1} GB/s",
+                best * 1e6,
+                bytes / best / 1e9
+            );
+        });
+    }
+}
