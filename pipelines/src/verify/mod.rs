@@ -199,8 +199,12 @@ fn relative_error(ours: &[f32], golden: &[f32]) -> f64 {
         let d = (f64::from(a) - f64::from(b)).abs();
         if d.is_nan() { f64::INFINITY } else { m.max(d) }
     });
-    // where all golden numbers are 0, any other number is far off
-    if difference == 0.0 { 0.0 } else { difference / magnitude.max(1e-12) }
+    match difference {
+        0.0 => 0.0,
+        // where all golden numbers are 0, any other number is far off
+        d if d.is_finite() => d / magnitude.max(1e-12),
+        _ => f64::INFINITY,
+    }
 }
 
 #[cfg(test)]

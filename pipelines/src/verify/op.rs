@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use dataflow_graph::format::formula::Number;
 use dataflow_graph::registry::Registry;
+use dataflow_graph::session::Session;
 use dataflow_kernels::device::Device;
 use serde::Deserialize;
 use serde_json::Value;
@@ -109,6 +110,7 @@ fn verify_case(
     if offset > MAX_OFFSET {
         return Err(Problem::Content(format!("offset {offset} of {} is above {MAX_OFFSET}", case.name)));
     }
+    let scope = numbers(&case.attrs)?;
     let tensors = Tensors { file, golden, case, offset };
     let what = format!("golden op {}, {}", golden.name, case.name);
 
@@ -127,7 +129,7 @@ fn verify_case(
         name: what.clone(),
         text: text + golden.rows,
         output: golden.output.into(),
-        scope: numbers(&case.attrs),
+        scope,
         tokens: match tokens {
             None => [1, 1],
             Some((&[time], _)) => [1, time],
@@ -136,24 +138,25 @@ fn verify_case(
         },
         terms: vec![Term { value: golden.output.into(), shape }],
     };
-    let mut session = rows.session(registry, Arc::new(Gradients), device)?;
+    let compiled = rows.compile(registry, Arc::new(Gradients))?;
 
     // the op's own tensors are named as the file's with `op.` before them
-    let own: HashMap<String, String> = session
-        .plan()
+    let own: HashMap<&str, &str> = compiled
+        .plan
         .parameters
         .iter()
-        .filter_map(|p| Some((p.parameter.name.strip_prefix("op.")?.to_string(), p.parameter.name.clone())))
+        .filter_map(|p| Some((p.parameter.name.strip_prefix("op.")?, p.parameter.name.as_str())))
         .collect();
     let mut shapes = BTreeMap::new();
     for (name, tensor) in file.below(&tensors.name("in", "")) {
         if matches!(tensor.values, Values::Real(_)) {
-            let full = own.get(name).cloned().unwrap_or_else(|| name.to_string());
-            shapes.insert(full.clone(), tensors.parameter("in", &full)?.0);
+            let full = own.get(name).copied().unwrap_or(name);
+            shapes.insert(full.to_string(), tensors.parameter("in", full)?.0);
         }
     }
-    check_parameters(&what, session.plan(), &shapes)?;
+    check_parameters(&what, &compiled.plan, &shapes)?;
 
+    let mut session = Session::new(device.clone(), &compiled, None)?;
     for planned in &session.plan().parameters {
         session.write(&planned.port, &tensors.parameter("in", &planned.parameter.name)?.1);
     }
@@ -176,24 +179,35 @@ fn verify_case(
     Ok(())
 }
 
+/// Largest number that an attribute may be: sizes of golden files are small, and products of them must be numbers
+/// too.
+const MAX_ATTRIBUTE: f64 = (1 << 24) as f64;
+
 /// The numbers among attributes, by name; those of a list by name and place.
-fn numbers(attributes: &BTreeMap<String, Value>) -> BTreeMap<String, Number> {
-    fn number(value: &Value) -> Option<Number> {
-        match value {
+fn numbers(attributes: &BTreeMap<String, Value>) -> Result<BTreeMap<String, Number>, Problem> {
+    fn number(name: &str, value: &Value) -> Result<Option<Number>, Problem> {
+        let number = match value {
             Value::Bool(flag) => Some(Number::Int((*flag).into())),
             Value::Number(n) => n.as_i64().map(Number::Int).or_else(|| n.as_f64().map(Number::Real)),
             _ => None,
+        };
+        match number {
+            Some(n) if n.real().abs() > MAX_ATTRIBUTE => {
+                Err(Problem::Content(format!("attribute `{name}` is {n}, which is above {MAX_ATTRIBUTE}")))
+            }
+            number => Ok(number),
         }
     }
     let mut named = BTreeMap::new();
     for (name, value) in attributes {
-        named.extend(number(value).map(|n| (name.clone(), n)));
+        named.extend(number(name, value)?.map(|n| (name.clone(), n)));
         if let Value::Array(list) = value {
-            let items = list.iter().enumerate().filter_map(|(i, v)| Some((format!("{name}_{i}"), number(v)?)));
-            named.extend(items);
+            for (i, item) in list.iter().enumerate() {
+                named.extend(number(name, item)?.map(|n| (format!("{name}_{i}"), n)));
+            }
         }
     }
-    named
+    Ok(named)
 }
 
 #[cfg(test)]
@@ -203,8 +217,10 @@ mod tests {
     #[test]
     fn attributes_are_names_for_rows() {
         let attributes = serde_json::from_str(r#"{"H": 2, "eps": 1e-5, "bias": true, "shape": [3, 4], "x": "y"}"#);
-        let named = numbers(&attributes.unwrap());
+        let named = numbers(&attributes.unwrap()).unwrap();
         let shown: Vec<String> = named.iter().map(|(k, v)| format!("{k}={v}")).collect();
         assert_eq!(shown, ["H=2", "bias=1", "eps=0.00001", "shape_0=3", "shape_1=4"]);
+        let attributes = serde_json::from_str(r#"{"shape": [3, 1e30]}"#).unwrap();
+        assert!(numbers(&attributes).unwrap_err().to_string().contains("which is above 16777216"));
     }
 }

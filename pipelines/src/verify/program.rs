@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use dataflow_graph::build::add_source;
 use dataflow_graph::builtin::{SumTo, sum};
-use dataflow_graph::compile::compile_world;
+use dataflow_graph::compile::{Compiled, compile_world};
 use dataflow_graph::components::{Inputs, Name, OpRef, OptimizerRef, Options, Outputs, Phase, Role};
 use dataflow_graph::diagnostic::Source;
 use dataflow_graph::format::formula::Number;
@@ -20,7 +20,6 @@ use dataflow_graph::session::Session;
 use dataflow_graph::systems::expand::expand;
 use dataflow_graph::types::TensorType;
 use dataflow_graph::world::{ValueId, World};
-use dataflow_kernels::device::Device;
 use dataflow_kernels::expression::Program;
 
 use super::Problem;
@@ -101,12 +100,7 @@ pub(super) struct Rows {
 
 impl Rows {
     /// Compiles the rows with their gradient. The values of the terms are outputs by name, their weights inputs.
-    pub(super) fn session(
-        &self,
-        registry: &Arc<Registry>,
-        optimizer: Arc<dyn Optimizer>,
-        device: &Arc<dyn Device>,
-    ) -> Result<Session, Problem> {
+    pub(super) fn compile(&self, registry: &Arc<Registry>, optimizer: Arc<dyn Optimizer>) -> Result<Compiled, Problem> {
         let text = format!("Model(nodes: [{}], output: \"{}\")", self.text, self.output);
         let model = Arc::new(ModelFile::parse(Arc::new(Source { name: self.name.clone(), text }))?);
         let [batch, block] = self.tokens;
@@ -118,8 +112,7 @@ impl Rows {
         world.set_resource(OptimizerRef(optimizer));
         expand(&mut world)?;
         self.add_loss(&mut world)?;
-        let compiled = compile_world(world, registry, &[])?;
-        Ok(Session::new(device.clone(), &compiled, None)?)
+        Ok(compile_world(world, registry, &[])?)
     }
 
     /// Writes the loss behind the rows.

@@ -12,8 +12,8 @@ pub fn table(comparisons: &[Comparison]) -> String {
             file = Some(&c.file);
             text += &format!("{}\n  {:width$}  error    allowed\n", c.file, "tensor");
         }
-        let mark = if c.ok { "" } else { "  too far" };
-        text += &format!("  {:width$}  {:<7}  {:<7}{mark}\n", c.tensor, short(c.relative_error), short(c.tolerance));
+        let mark = if c.ok { "" } else { "   too far" };
+        text += &format!("  {:width$}  {:<7}  {}{mark}\n", c.tensor, short(c.relative_error), short(c.tolerance));
     }
     text
 }

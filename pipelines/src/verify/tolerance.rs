@@ -16,3 +16,6 @@ pub const TRAJECTORY: f64 = 1e-4;
 /// Norms of all gradients along a trajectory. They are the first to feel the rounding of earlier updates: a
 /// small difference in the parameters turns the gradient where the loss is curved. PyTorch is off by 2e-5.
 pub const GRADIENT_NORM: f64 = 1e-3;
+
+/// RetNet's form without the row normaliser, which the published model decodes with.
+pub const RECURRENT: f64 = 1e-3;

@@ -44,7 +44,7 @@ fn session(
         // the gradient of sum(weights * p) is the weights
         terms: named().map(|(value, shape)| Term { value, shape: shape.clone() }).collect(),
     };
-    rows.session(registry, Arc::new(optimizer), device)
+    Ok(Session::new(device.clone(), &rows.compile(registry, Arc::new(optimizer))?, None)?)
 }
 
 /// A state of the session, such as `p0.m`.
