@@ -473,6 +473,12 @@ pub(super) mod lanes {
         (16384 / cols.max(1)).max(1)
     }
 
+    /// From one row of scratch to the next: a cache line more than a row. If the width is a power of two, rows without
+    /// a gap would all compete for the same few places of the L1 cache.
+    pub fn pitch(cols: usize) -> usize {
+        cols.next_multiple_of(16) + 16
+    }
+
     /// The fixed blocks of rows whose contributions to a parameter gradient are summed apart.
     #[derive(Clone, Copy)]
     pub struct Partials {
