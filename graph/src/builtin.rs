@@ -2,7 +2,8 @@
 
 use std::ops::RangeInclusive;
 
-use dataflow_kernels::device::{Kernel, Target};
+use dataflow_kernels::cpu::reduce;
+use dataflow_kernels::device::{Kernel, KernelError, Target};
 use dataflow_kernels::expression::{Argument, Program};
 
 use crate::elementwise::{self, Broadcast};
@@ -112,21 +113,18 @@ impl Op for SumTo {
         let rule = Broadcast::new(&self.shape, &node.inputs[0].shape).expect("checked by `infer`");
         match target {
             Target::Cpu => Ok(Kernel::cpu(move |a| {
-                let (x, mut out) = (a.rows::<f32>(0), a.rows_mut::<f32>(0));
-                (0..out.rows()).for_each(|r| out.row(r).fill(0.0));
-                for r in 0..x.rows() {
-                    let to = out.row((r / rule.div) % rule.modulo);
-                    match rule.column {
-                        true => to[0] += x.row(r).iter().sum::<f32>(),
-                        false => to.iter_mut().zip(x.row(r)).for_each(|(t, x)| *t += x),
-                    }
+                let x = a.rows::<f32>(0);
+                match (rule.column, rule.modulo, rule.div) {
+                    (true, 1, _) => a.slice_mut(0)[0] = reduce::sum_all(x),
+                    (true, _, 1) => reduce::sum_cols(x, a.slice_mut(0)),
+                    (false, 1, _) => reduce::sum_rows(x, a.slice_mut(0)),
+                    (false, _, 1) => reduce::sum_periodic(x, a.rows_mut(0)),
+                    (false, ..) if rule.div * rule.modulo == x.rows() => reduce::sum_groups(x, a.rows_mut(0)),
+                    _ => return Err(KernelError("this form of broadcasting has no gradient kernel".into())),
                 }
                 Ok(())
             })),
         }
-    }
-    fn strided(&self) -> bool {
-        true
     }
 }
 

@@ -51,6 +51,21 @@ pub struct ElementFormula {
     scope: Scope,
 }
 
+impl ElementFormula {
+    /// An expression, with the names that are known here.
+    ///
+    /// # Errors
+    /// A syntax error or an unknown name.
+    pub fn new(text: &str) -> Result<Self, String> {
+        let scope = current_scope();
+        // a trial at the first element finds unknown names while the place in the file is known
+        let trial = scope.with("i", Number::Int(0)).with("row", Number::Int(0));
+        let formula = Formula::parse(text).map_err(|e| e.to_string())?;
+        trial.evaluate(text)?;
+        Ok(Self { formula, scope })
+    }
+}
+
 impl PartialEq for ElementFormula {
     fn eq(&self, other: &Self) -> bool {
         self.formula == other.formula
@@ -66,12 +81,7 @@ impl Serialize for ElementFormula {
 impl<'de> Deserialize<'de> for ElementFormula {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        let scope = current_scope();
-        // a trial at the first element finds unknown names while the place in the file is known
-        let trial = scope.with("i", Number::Int(0)).with("row", Number::Int(0));
-        let formula = Formula::parse(&text).map_err(serde::de::Error::custom)?;
-        trial.evaluate(&text).map_err(serde::de::Error::custom)?;
-        Ok(Self { formula, scope })
+        Self::new(&text).map_err(serde::de::Error::custom)
     }
 }
 

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde::de::{self, DeserializeOwned, Deserializer, Visitor};
 
+use crate::format::rows::options;
 use crate::op::Op;
 use crate::schedule::Schedule;
 
@@ -120,14 +121,23 @@ impl Registry {
         T: Serialize + DeserializeOwned + 'static,
     {
         let example = if info.example.is_empty() { "()" } else { info.example };
-        let shown = ron::from_str::<T>(example)
+        let shown = options()
+            .from_str::<T>(example)
             .ok()
-            .and_then(|t| ron::ser::to_string_pretty(&t, ron::ser::PrettyConfig::new().compact_structs(true)).ok())
+            .and_then(|t| {
+                ron::ser::to_string_pretty(
+                    &t,
+                    ron::ser::PrettyConfig::new()
+                        .extensions(ron::extensions::Extensions::IMPLICIT_SOME)
+                        .compact_structs(true),
+                )
+                .ok()
+            })
             .unwrap_or_default();
         let entry = Entry {
             info,
             attributes: fields_of::<T>(),
-            parse: Box::new(move |text| ron::from_str::<T>(text).map(into)),
+            parse: Box::new(move |text| options().from_str::<T>(text).map(into)),
             shown,
         };
         let table = self.tables.entry(TypeId::of::<Table<K>>()).or_insert_with(|| Box::new(Table::<K>::default()));

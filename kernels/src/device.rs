@@ -98,11 +98,10 @@ impl Operand {
         if self.rows <= 1 || other.rows <= 1 || bytes != other.stride * other.dtype.size() || bytes == 0 {
             return true;
         }
-        // rows of both repeat with one period: compare the columns within it
-        let (a, b) = (self.offset % bytes, other.offset % bytes);
-        let (a_end, b_end) = (a + self.cols * self.dtype.size(), b + other.cols * other.dtype.size());
-        let wraps = a_end > bytes || b_end > bytes;
-        wraps || (a < b_end && b < a_end)
+        // rows of both repeat with one period: within it, self has the bytes from 0 on, other those from `start` on
+        let start = (other.offset as isize - self.offset as isize).rem_euclid(bytes as isize) as usize;
+        let size = self.dtype.size();
+        start < self.cols * size || start + other.cols * size > bytes
     }
 }
 

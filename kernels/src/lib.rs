@@ -8,6 +8,7 @@
 pub mod cpu;
 pub mod device;
 pub mod expression;
+pub mod mapped_file;
 pub mod random;
 pub mod rows;
 

@@ -253,9 +253,9 @@ mod tests {
         };
         let normal = moments(&mut || s.normal());
         for (got, want, deviation) in
-            [(normal[0], 0.0, 1.0), (normal[1], 1.0, 1.42), (normal[2], 0.0, 3.9), (normal[3], 3.0, 9.8)]
+            [(normal[0], 0.0f64, 1.0), (normal[1], 1.0, 1.42), (normal[2], 0.0, 3.9), (normal[3], 3.0, 9.8)]
         {
-            assert!((got - want as f64).abs() < 4.5 * deviation / f64::from(n).sqrt(), "{got} {want}");
+            assert!((got - want).abs() < 4.5 * deviation / f64::from(n).sqrt(), "{got} {want}");
         }
         let uniform = moments(&mut || s.uniform());
         assert!((uniform[0] - 0.5).abs() < 0.002 && (uniform[1] - 1.0 / 3.0).abs() < 0.002);

@@ -6,6 +6,8 @@
 
 use std::marker::PhantomData;
 
+use crate::cpu::threads::parallel_for;
+
 /// A read-only matrix `[rows, cols]`; element `(r, c)` lies at `r * stride + c`.
 #[derive(Clone, Copy)]
 pub struct Rows<'a, T = f32> {
@@ -213,6 +215,25 @@ impl<'a, T> RowsMut<'a, T> {
         unsafe {
             RowsMut::from_raw(self.ptr.add(rows.start * self.stride + cols.start), rows.len(), cols.len(), self.stride)
         }
+    }
+
+    /// The columns `from..to` of every row.
+    pub fn slice_cols(&mut self, from: usize, to: usize) -> RowsMut<'_, T> {
+        // SAFETY: the exclusive borrow of self makes the block exclusive.
+        unsafe { self.shared_block(0..self.rows, from..to) }
+    }
+
+    /// Runs `task(i, block)` for every block of `rows` rows (the last one may be shorter), in parallel.
+    pub fn for_each_block(&mut self, rows: usize, task: impl Fn(usize, RowsMut<'_, T>) + Send + Sync)
+    where
+        T: Send + Sync,
+    {
+        let shared = &*self;
+        parallel_for(shared.rows.div_ceil(rows.max(1)), |i| {
+            let end = ((i + 1) * rows).min(shared.rows);
+            // SAFETY: the blocks have no row in common.
+            task(i, unsafe { shared.shared_block(i * rows..end, 0..shared.cols) });
+        });
     }
 
     /// Whether the rows follow each other without a gap.

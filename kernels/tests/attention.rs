@@ -3,7 +3,8 @@
 
 mod golden;
 
-use dataflow_kernels::cpu::attention::{Dims, Dropout, backward, decode, forward};
+use dataflow_kernels::cpu::attention::{Dims, backward, decode, forward};
+use dataflow_kernels::random::Keep;
 use dataflow_kernels::{Rows, RowsMut};
 use golden::{assert_close, cases};
 
@@ -33,7 +34,7 @@ struct Results {
 }
 
 /// Forward and backward on contiguous tensors; results start as NaN.
-fn run(dims: Dims, [q, k, v, dout]: [&[f32]; 4], dropout: Option<Dropout>) -> Results {
+fn run(dims: Dims, [q, k, v, dout]: [&[f32]; 4], dropout: Option<Keep>) -> Results {
     let cols = dims.heads * dims.head_dim;
     let nan = || vec![f32::NAN; dims.batch * dims.time * cols];
     let mut r = Results {
@@ -175,39 +176,19 @@ fn dropout_masks_probabilities() {
     let Dims { batch, time, heads, head_dim } = dims;
     let len = batch * time * heads * head_dim;
     let (q, k, v, dout) = (random(len, 1), random(len, 2), random(len, 3), random(len, 4));
-    let dropout = Some(Dropout { p: 0.3, key: [123, 456] });
-    // with v = 1 (identity) the output is the matrix of probabilities
-    let mut identity = vec![0.0; len];
-    for b in 0..batch {
-        for t in 0..time {
-            (0..heads).for_each(|h| identity[((b * time + t) * heads + h) * head_dim + t] = 1.0);
-        }
-    }
-    let kept = run(dims, [&q, &k, &identity, &dout], None).out;
-    let dropped = run(dims, [&q, &k, &identity, &dout], dropout).out;
+    let keep = Keep::new(1, 2, 3, 0.3);
     let mut mask = vec![0.0; batch * heads * time * time];
-    let mut zeros = 0;
-    for b in 0..batch {
-        for h in 0..heads {
-            for i in 0..time {
-                for j in 0..=i {
-                    let at = ((b * time + i) * heads + h) * head_dim + j;
-                    let factor = dropped[at] / kept[at];
-                    assert!(factor == 0.0 || (factor - 1.0 / 0.7).abs() < 1e-4, "{factor}");
-                    zeros += usize::from(factor == 0.0);
-                    mask[((b * heads + h) * time + i) * time + j] = if factor == 0.0 { 0.0 } else { 1.0 / 0.7 };
-                }
-            }
-        }
+    for (row, mask) in mask.chunks_exact_mut(time).enumerate() {
+        mask.iter_mut().enumerate().for_each(|(j, mask)| *mask = keep.at((row as u64) << 32 | j as u64));
     }
-    let share = zeros as f64 / (batch * heads * time * (time + 1) / 2) as f64;
-    assert!((share - 0.3).abs() < 0.015, "{share} dropped");
-    let r = run(dims, [&q, &k, &v, &dout], dropout);
+    let dropped = mask.iter().filter(|&&x| x == 0.0).count() as f64 / mask.len() as f64;
+    assert!((dropped - 0.3).abs() < 0.01, "{dropped} dropped");
+    let r = run(dims, [&q, &k, &v, &dout], Some(keep));
     let want = naive(dims, [&q, &k, &v, &dout], Some(&mask));
     for (got, want) in [&r.out, &r.dq, &r.dk, &r.dv].into_iter().zip(&want) {
         assert_close("with dropout", got, want, 3e-6);
     }
-    let other = run(dims, [&q, &k, &v, &dout], Some(Dropout { p: 0.3, key: [124, 456] }));
+    let other = run(dims, [&q, &k, &v, &dout], Some(Keep::new(1, 2, 4, 0.3)));
     assert_ne!(r.out, other.out);
 }
 
@@ -251,7 +232,7 @@ fn same_bits_on_any_number_of_threads() {
         let x: Vec<Vec<f32>> = (0..4).map(|i| random(len, i)).collect();
         let on = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| run(dims, [&x[0], &x[1], &x[2], &x[3]], Some(Dropout { p: 0.1, key: [1, 2] })))
+            pool.install(|| run(dims, [&x[0], &x[1], &x[2], &x[3]], Some(Keep::new(1, 2, 3, 0.1))))
         };
         let (one, two) = (on(1), on(2));
         assert!(one.out == two.out && one.lse == two.lse && one.dq == two.dq && one.dk == two.dk && one.dv == two.dv);
@@ -283,7 +264,7 @@ fn speed() {
                 best
             };
             let (fwd, drop, bwd) = pool.install(|| {
-                let dropout = Some(Dropout { p: 0.1, key: [1, 2] });
+                let dropout = Some(Keep::new(1, 2, 3, 0.1));
                 let drop = best(&mut || {
                     forward(dims, part(0), part(1), part(2), dropout, RowsMut::contiguous(&mut out, c), &mut lse)
                 });

@@ -3,6 +3,9 @@
 mod golden;
 
 use dataflow_kernels::cpu::interpreter::{Compiled, Operand};
+use dataflow_kernels::cpu::reduce::{
+    copy_rows, fill, scale, sum_all, sum_cols, sum_groups, sum_of_squares, sum_periodic, sum_rows,
+};
 use dataflow_kernels::expression::{Argument, Binary, Builder, Instruction, Program, Register, Unary};
 use dataflow_kernels::random::{Keep, Stream};
 use dataflow_kernels::{Rows, RowsMut};
@@ -300,7 +303,7 @@ fn random_programs_over_every_broadcast() {
                 for (o, want) in want.iter().enumerate() {
                     let got = f64::from(results[o][r * gap + c]);
                     // a comparison may fall on the other side after rounding
-                    off += usize::from(!((got - want).abs() <= 1e-4 * want.abs().max(1.0)));
+                    off += usize::from((got - want).abs() > 1e-4 * want.abs().max(1.0) || got.is_nan());
                 }
             }
             assert!(results.iter().all(|y| y[r * gap + cols..(r + 1) * gap].iter().all(|&v| v == 7.5)), "gap touched");
@@ -380,6 +383,8 @@ fn masks_are_the_same_in_every_layout() {
 #[test]
 #[ignore = "prints timings"]
 fn speed() {
+    let only = std::env::var("ONLY").unwrap_or_default();
+    let repeats = if only.is_empty() { 4 } else { 20 };
     let several = |n: usize| {
         Program::new(2, move |b, x| {
             let mut y = x[0];
@@ -407,7 +412,7 @@ fn speed() {
     ];
     for (rows, cols) in [(64, 1024), (8192, 1024), (131072, 64)] {
         println!("{rows} x {cols}");
-        for (name, program) in &programs {
+        for (name, program) in programs.iter().filter(|p| p.0.contains(&only)) {
             let inputs: Vec<Vec<f32>> = (0..program.inputs()).map(|i| noise(rows * cols, i as u64)).collect();
             let operands: Vec<Operand> = inputs.iter().map(|x| Operand::Full(Rows::contiguous(x, cols))).collect();
             let used = (0..program.inputs()).filter(|&i| program.uses_input(i)).count();
@@ -416,7 +421,7 @@ fn speed() {
             let compiled = Compiled::new(program);
             for threads in [1, 2] {
                 let seconds = on_threads(threads, || {
-                    (0..if rows < 100 { 50 } else { 4 })
+                    (0..if rows < 100 { 50 } else { repeats })
                         .map(|_| {
                             let start = std::time::Instant::now();
                             compiled.run(&operands, &mut outputs, 0, 0);
@@ -431,4 +436,56 @@ fn speed() {
             println!();
         }
     }
+}
+
+#[test]
+fn sums() {
+    for (rows, cols, stride) in [(1, 1, 1), (6, 5, 9), (1200, 37, 37), (600, 1000, 1003), (6, 70_000, 70_000)] {
+        let data = noise(rows * stride, 1);
+        let x = Rows::new(&data, rows, cols, stride);
+        let at = |r: usize, c: usize| f64::from(data[r * stride + c]);
+        let near = |what: &str, got: &[f32], n: usize, want: &dyn Fn(usize) -> f64| {
+            for (i, &got) in got.iter().enumerate() {
+                let tolerance = 1e-6 * (n as f64).sqrt().max(1.0);
+                assert!((f64::from(got) - want(i)).abs() < 2.0 * tolerance, "{what} {i}: {got} {}", want(i));
+            }
+        };
+        let all = || {
+            let (mut a, mut b) = (vec![9.0; cols], vec![9.0; rows]);
+            sum_rows(x, &mut a);
+            sum_cols(x, &mut b);
+            let parts = if rows % 3 == 0 { 3 } else { 1 };
+            let (mut c, mut d) = (vec![9.0; parts * cols], vec![9.0; parts * cols]);
+            sum_periodic(x, RowsMut::contiguous(&mut c, cols));
+            sum_groups(x, RowsMut::contiguous(&mut d, cols));
+            let mut e = vec![9.0; rows * (cols + 1)];
+            copy_rows(x, RowsMut::new(&mut e, rows, cols, cols + 1));
+            (a, b, c, d, e, sum_all(x), sum_of_squares(&data))
+        };
+        let results = on_threads(1, all);
+        assert!(results == on_threads(2, all));
+        let (a, b, c, d, e, total, squares) = results;
+        near("sum_rows", &a, rows, &|c| (0..rows).map(|r| at(r, c)).sum());
+        near("sum_cols", &b, cols, &|r| (0..cols).map(|c| at(r, c)).sum());
+        let parts = c.len() / cols;
+        let length = rows / parts;
+        near("sum_periodic", &c, rows, &|i| (0..length).map(|k| at(i / cols + k * parts, i % cols)).sum());
+        near("sum_groups", &d, rows, &|i| (0..length).map(|k| at(i / cols * length + k, i % cols)).sum());
+        for r in 0..rows {
+            assert_eq!(e[r * (cols + 1)..][..cols], data[r * stride..][..cols]);
+            assert_eq!(e[r * (cols + 1) + cols], 9.0);
+        }
+        near("sum_all", &[total], rows * cols, &|_| (0..rows).map(|r| (0..cols).map(|c| at(r, c)).sum::<f64>()).sum());
+        let want: f64 = data.iter().map(|&v| f64::from(v).powi(2)).sum();
+        assert!((squares - want).abs() < 1e-6 * want);
+    }
+    let mut x = noise(300_001, 1);
+    let doubled: Vec<f32> = x.iter().map(|v| v * 2.0).collect();
+    scale(&mut x, 2.0);
+    assert!(x == doubled);
+    let mut y = vec![0.0; x.len()];
+    copy_rows(Rows::contiguous(&x, x.len()), RowsMut::contiguous(&mut y, x.len()));
+    assert!(x == y);
+    fill(&mut y, 3.0);
+    assert!(y.iter().all(|&v| v == 3.0));
 }

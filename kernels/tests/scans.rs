@@ -1,8 +1,8 @@
 //! The Longhorn and Mamba scans against the golden files, a plain loop, and themselves in pieces.
 mod golden;
 
-use dataflow_kernels::cpu::longhorn;
-use dataflow_kernels::cpu::scan::Dims;
+use dataflow_kernels::cpu::longhorn::{self, Dims};
+use dataflow_kernels::cpu::selective_scan;
 use dataflow_kernels::{Rows, RowsMut};
 use golden::{Case, assert_close, cases};
 
@@ -22,14 +22,14 @@ const OFFSET: usize = 3;
 
 impl Strided {
     fn new(rows: usize, cols: usize, data: &[f32]) -> Self {
-        let mut m = Self::zeros(rows, cols);
+        let mut m = Self::unset(rows, cols);
         for (r, row) in data.chunks_exact(cols).enumerate() {
             m.as_mut().row(r).copy_from_slice(row);
         }
         m
     }
     /// Neither zeros nor numbers: what is not overwritten shows.
-    fn zeros(rows: usize, cols: usize) -> Self {
+    fn unset(rows: usize, cols: usize) -> Self {
         let stride = cols + 5;
         Self { data: vec![f32::NAN; OFFSET + rows * stride], rows, cols, stride }
     }
@@ -146,61 +146,103 @@ use Scan::{Longhorn, Mamba};
 
 impl Scan {
     fn forward(self, x: &Data, state: Option<&mut [f32]>, boundaries: Option<&mut [f32]>) -> Strided {
-        let mut y = Strided::zeros(x.dims.rows(), x.dims.channels);
+        let mut y = Strided::unset(x.dims.rows(), x.dims.channels);
         match self {
             Longhorn => longhorn::forward(x.dims, &longhorn_inputs(x), y.as_mut(), state, boundaries),
-            Mamba => todo!(),
+            Mamba => selective_scan::forward(x.dims, &mamba_inputs(x), y.as_mut(), state, boundaries),
         }
         y
     }
 
-    fn forward_backward(self, x: &Data) -> Results {
-        let dims = x.dims;
-        let mut boundaries = vec![f32::NAN; dims.boundaries_len()];
-        let y = self.forward(x, None, Some(&mut boundaries));
-        let per_channel = || Strided::zeros(dims.rows(), dims.channels);
-        let (mut du, mut ddt) = (per_channel(), per_channel());
-        let mut dz = x.z.as_ref().map(|_| per_channel());
-        // two column blocks of one buffer
-        let n = dims.state;
-        let mut pair = Strided::zeros(dims.rows(), 2 * n);
-        let pair_rows = pair.as_mut();
+    fn forward_into(self, x: &Data, out: &mut Buffers) {
+        let boundaries = Some(&mut out.boundaries[..]);
+        match self {
+            Longhorn => longhorn::forward(x.dims, &longhorn_inputs(x), out.y.as_mut(), None, boundaries),
+            Mamba => selective_scan::forward(x.dims, &mamba_inputs(x), out.y.as_mut(), None, boundaries),
+        }
+    }
+
+    fn backward(self, x: &Data, out: &mut Buffers) {
+        let (rows, n) = (x.dims.rows(), x.dims.state);
+        let pair = out.pair.as_mut();
         // SAFETY: the columns differ.
-        let (dq, dk) =
-            unsafe { (pair_rows.shared_block(0..dims.rows(), 0..n), pair_rows.shared_block(0..dims.rows(), n..2 * n)) };
-        let mut dbias = x.bias.as_ref().map(|_| vec![f32::NAN; dims.channels]);
-        let mut dskip = x.skip.as_ref().map(|_| vec![f32::NAN; dims.channels]);
-        let da_log = vec![f32::NAN; dims.channels * n];
+        let (q, k) = unsafe { (pair.shared_block(0..rows, 0..n), pair.shared_block(0..rows, n..2 * n)) };
+        let (u, dt, gate) = (out.u.as_mut(), out.dt.as_mut(), out.z.as_mut().map(Strided::as_mut));
+        let (bias, skip) = (out.bias.as_deref_mut(), out.skip.as_deref_mut());
         match self {
             Longhorn => longhorn::backward(
-                dims,
+                x.dims,
                 &longhorn_inputs(x),
                 x.dy.get(),
-                &boundaries,
-                longhorn::Gradients {
-                    u: du.as_mut(),
-                    dt: ddt.as_mut(),
-                    q: dq,
-                    k: dk,
-                    t_bias: dbias.as_deref_mut(),
-                    skip: dskip.as_deref_mut(),
-                    gate: dz.as_mut().map(Strided::as_mut),
+                &out.boundaries,
+                longhorn::Gradients { u, dt, q, k, t_bias: bias, skip, gate },
+            ),
+            Mamba => selective_scan::backward(
+                x.dims,
+                &mamba_inputs(x),
+                x.dy.get(),
+                &out.boundaries,
+                selective_scan::Gradients {
+                    u,
+                    delta: dt,
+                    a_log: Some(&mut out.a_log),
+                    b: k,
+                    c: q,
+                    delta_bias: bias,
+                    skip,
+                    gate,
                 },
             ),
-            Mamba => todo!(),
         }
-        let columns = |from: usize| {
-            (0..dims.rows()).flat_map(|r| pair.get().row(r)[from..from + n].to_vec()).collect::<Vec<f32>>()
-        };
-        let mut all = vec![("y", y.values()), ("u", du.values()), ("dt", ddt.values())];
+    }
+
+    fn forward_backward(self, x: &Data) -> Results {
+        let mut out = Buffers::new(x);
+        self.forward_into(x, &mut out);
+        self.backward(x, &mut out);
+        let (rows, n) = (x.dims.rows(), x.dims.state);
+        let columns =
+            |from: usize| (0..rows).flat_map(|r| out.pair.get().row(r)[from..from + n].to_vec()).collect::<Vec<f32>>();
+        let mut all = vec![("y", out.y.values()), ("u", out.u.values()), ("dt", out.dt.values())];
         all.extend([("q", columns(0)), ("k", columns(n))]);
-        all.extend(dz.map(|x| ("z", x.values())));
-        all.extend(dbias.map(|x| ("bias", x)));
-        all.extend(dskip.map(|x| ("D", x)));
+        all.extend(out.z.map(|x| ("z", x.values())));
+        all.extend(out.bias.map(|x| ("bias", x)));
+        all.extend(out.skip.map(|x| ("D", x)));
         if self == Mamba {
-            all.push(("A_log", da_log));
+            all.push(("A_log", out.a_log));
         }
         all
+    }
+}
+
+/// What a scan writes. The gradients of `q` and `k` are two column blocks of one buffer.
+struct Buffers {
+    y: Strided,
+    boundaries: Vec<f32>,
+    u: Strided,
+    dt: Strided,
+    pair: Strided,
+    z: Option<Strided>,
+    bias: Option<Vec<f32>>,
+    skip: Option<Vec<f32>>,
+    a_log: Vec<f32>,
+}
+
+impl Buffers {
+    fn new(x: &Data) -> Self {
+        let Dims { channels, state, .. } = x.dims;
+        let per_channel = || Strided::unset(x.dims.rows(), channels);
+        Self {
+            y: per_channel(),
+            boundaries: vec![f32::NAN; x.dims.boundaries_len()],
+            u: per_channel(),
+            dt: per_channel(),
+            pair: Strided::unset(x.dims.rows(), 2 * state),
+            z: x.z.as_ref().map(|_| per_channel()),
+            bias: x.bias.as_ref().map(|_| vec![f32::NAN; channels]),
+            skip: x.skip.as_ref().map(|_| vec![f32::NAN; channels]),
+            a_log: vec![f32::NAN; channels * state],
+        }
     }
 }
 
@@ -211,6 +253,19 @@ fn longhorn_inputs(x: &Data) -> longhorn::Inputs<'_> {
         q: x.q.get(),
         k: x.k.get(),
         t_bias: x.bias.as_deref(),
+        skip: x.skip.as_deref(),
+        gate: x.z.as_ref().map(Strided::get),
+    }
+}
+
+fn mamba_inputs(x: &Data) -> selective_scan::Inputs<'_> {
+    selective_scan::Inputs {
+        u: x.u.get(),
+        delta: x.dt.get(),
+        a_log: &x.a_log,
+        b: x.k.get(),
+        c: x.q.get(),
+        delta_bias: x.bias.as_deref(),
         skip: x.skip.as_deref(),
         gate: x.z.as_ref().map(Strided::get),
     }
@@ -451,81 +506,62 @@ fn longhorn_survives_extreme_steps() {
     check_extremes(Longhorn);
 }
 
+#[test]
+fn mamba_matches_the_golden_files() {
+    check_golden(Mamba);
+}
+
+#[test]
+fn mamba_matches_the_definition() {
+    check_plain(Mamba);
+}
+
+#[test]
+fn mamba_does_not_depend_on_threads() {
+    check_threads(Mamba);
+}
+
+#[test]
+fn mamba_in_pieces_is_mamba() {
+    check_pieces(Mamba);
+}
+
+#[test]
+fn mamba_survives_extreme_steps() {
+    check_extremes(Mamba);
+}
+
 /// `cargo test --release -p dataflow-kernels --test scans -- --ignored --nocapture speed`
 #[test]
 #[ignore = "prints times"]
 fn speed() {
     let dims = Dims { batch: 8, time: 256, channels: 768, state: 16 };
     let elements = (dims.rows() * dims.channels * dims.state) as f64;
-    let x = Data::random(dims, true);
-    let dense = |m: &Strided| m.values();
-    let (u, dt, q, k, dy) = (dense(&x.u), dense(&x.dt), dense(&x.q), dense(&x.k), dense(&x.dy));
-    let z = dense(x.z.as_ref().unwrap());
-    let channels = |x| Rows::contiguous(x, dims.channels);
-    let states = |x| Rows::contiguous(x, dims.state);
-    let mut y = vec![0.0; u.len()];
-    let mut boundaries = vec![0.0; dims.boundaries_len()];
-    let (mut du, mut ddt, mut dz, mut pair) = (y.clone(), y.clone(), y.clone(), vec![0.0; 2 * q.len()]);
-    let (mut dbias, mut dskip) = (vec![0.0; dims.channels], vec![0.0; dims.channels]);
-    let mut da_log = vec![0.0; x.a_log.len()];
+    let mut x = Data::random(dims, true);
+    x.a_log = (0..dims.channels * dims.state).map(|i| ((i % dims.state + 1) as f32).ln()).collect();
+    for m in [Some(&mut x.u), Some(&mut x.dt), Some(&mut x.q), Some(&mut x.k), x.z.as_mut(), Some(&mut x.dy)] {
+        let m = m.unwrap();
+        m.data = [vec![0.0; OFFSET], m.values()].concat();
+        m.stride = m.cols;
+    }
+    let mut out = Buffers::new(&x);
     for threads in [1, 2] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         for scan in [Longhorn, Mamba] {
-            let (mut best_forward, mut best_backward) = (f64::MAX, f64::MAX);
-            for _ in 0..30 {
-                let start = std::time::Instant::now();
-                pool.install(|| {
-                    let y = RowsMut::contiguous(&mut y, dims.channels);
-                    let inputs =
-                        Data::longhorn([channels(&u), channels(&dt), states(&q), states(&k), channels(&z)], &x);
-                    match scan {
-                        Longhorn => longhorn::forward(dims, &inputs, y, None, Some(&mut boundaries)),
-                        Mamba => {}
-                    }
-                });
-                best_forward = best_forward.min(start.elapsed().as_secs_f64());
-                let start = std::time::Instant::now();
-                pool.install(|| {
-                    let n = dims.state;
-                    let pair = RowsMut::contiguous(&mut pair, 2 * n);
-                    // SAFETY: the columns differ.
-                    let (dq, dk) = unsafe {
-                        (pair.shared_block(0..dims.rows(), 0..n), pair.shared_block(0..dims.rows(), n..2 * n))
-                    };
-                    let inputs =
-                        Data::longhorn([channels(&u), channels(&dt), states(&q), states(&k), channels(&z)], &x);
-                    let (du, ddt) =
-                        (RowsMut::contiguous(&mut du, dims.channels), RowsMut::contiguous(&mut ddt, dims.channels));
-                    let gate = Some(RowsMut::contiguous(&mut dz, dims.channels));
-                    let (t_bias, skip) = (Some(&mut dbias[..]), Some(&mut dskip[..]));
-                    match scan {
-                        Longhorn => longhorn::backward(
-                            dims,
-                            &inputs,
-                            channels(&dy),
-                            &boundaries,
-                            longhorn::Gradients { u: du, dt: ddt, q: dq, k: dk, t_bias, skip, gate },
-                        ),
-                        Mamba => {
-                            da_log[0] = 0.0;
-                        }
-                    }
-                });
-                best_backward = best_backward.min(start.elapsed().as_secs_f64());
+            let mut best = [f64::MAX; 2];
+            for _ in 0..std::env::var("REPEAT").map_or(30, |x| x.parse().unwrap()) {
+                for (backward, best) in best.iter_mut().enumerate() {
+                    let start = std::time::Instant::now();
+                    pool.install(|| {
+                        if backward == 1 { scan.backward(&x, &mut out) } else { scan.forward_into(&x, &mut out) }
+                    });
+                    *best = best.min(start.elapsed().as_secs_f64());
+                }
             }
+            let [(f, fe), (b, be)] = best.map(|t| (t * 1e3, t * 1e9 / elements));
             println!(
-                "{scan:?}, {threads} threads: forward {:.2} ms, {:.3} ns per element; backward {:.2} ms, {:.3} ns",
-                best_forward * 1e3,
-                best_forward * 1e9 / elements,
-                best_backward * 1e3,
-                best_backward * 1e9 / elements
+                "{scan:?}, {threads} threads: forward {f:.2} ms, {fe:.3} ns per element; backward {b:.2} ms, {be:.3} ns"
             );
         }
-    }
-}
-
-impl Data {
-    fn longhorn<'a>([u, dt, q, k, z]: [Rows<'a>; 5], x: &'a Data) -> longhorn::Inputs<'a> {
-        longhorn::Inputs { u, dt, q, k, t_bias: x.bias.as_deref(), skip: x.skip.as_deref(), gate: Some(z) }
     }
 }

@@ -4,3 +4,4 @@ pub mod formula;
 pub mod model;
 pub mod number;
 pub mod rows;
+pub mod set;

@@ -3,6 +3,7 @@
 //! Each row is kept as raw text first and parsed on its own, so that one wrong row does not hide the errors
 //! of the others. The address of a raw slice inside of the file's text gives its place.
 
+use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use std::sync::Arc;
 use ron::value::RawValue;
 use serde::de::DeserializeOwned;
 
-use crate::diagnostic::{Diagnostic, Errors, Source, Span};
+use crate::diagnostic::{Diagnostic, Errors, Source, Span, nearest};
 use crate::registry::Table;
 
 /// A string and where it stands.
@@ -59,12 +60,17 @@ pub fn read_source(path: &Path) -> Result<Arc<Source>, Diagnostic> {
     }
 }
 
+/// How all texts are read: an optional attribute is written without `Some(…)`.
+pub fn options() -> ron::Options {
+    ron::Options::default().with_default_extension(ron::extensions::Extensions::IMPLICIT_SOME)
+}
+
 /// Parses a whole file into its top-level struct.
 ///
 /// # Errors
 /// The first syntax error, or the first wrong field of the struct.
 pub fn parse_file<'a, T: serde::Deserialize<'a>>(source: &'a Arc<Source>) -> Result<T, Diagnostic> {
-    ron::Options::default().from_str(&source.text).map_err(|e| ron_error(source, &source.text, 0, &e))
+    options().from_str(&source.text).map_err(|e| ron_error(source, &source.text, 0, &e))
 }
 
 /// A ron error about `text`, which starts at byte `base` of the file.
@@ -113,7 +119,7 @@ pub fn parse_rows(source: &Arc<Source>, rows: &[&RawValue], errors: &mut Errors)
 }
 
 fn sub_parse<'a, T: serde::Deserialize<'a>>(source: &Arc<Source>, text: &'a str) -> Result<T, Diagnostic> {
-    ron::from_str(text).map_err(|e| ron_error(source, text, place(source, text).start, &e))
+    options().from_str(text).map_err(|e| ron_error(source, text, place(source, text).start, &e))
 }
 
 fn strings(source: &Arc<Source>, text: &str) -> Result<Vec<Spanned>, Diagnostic> {
@@ -204,7 +210,7 @@ impl Row {
     /// # Errors
     /// A wrong attribute.
     pub fn parse_as<T: DeserializeOwned>(&self, source: &Arc<Source>) -> Result<T, Diagnostic> {
-        ron::from_str(&self.attributes.text).map_err(|e| self.attribute_error(source, &e))
+        options().from_str(&self.attributes.text).map_err(|e| self.attribute_error(source, &e))
     }
 
     fn attribute_error(&self, source: &Arc<Source>, error: &ron::error::SpannedError) -> Diagnostic {
@@ -217,5 +223,70 @@ impl Row {
     /// The place of the row's op.
     pub fn span(&self, source: &Arc<Source>) -> Span {
         Span { source: source.clone(), bytes: self.op.bytes.clone() }
+    }
+}
+
+/// The rows so that each comes after those that it reads; rows may be written in any order. `outer` are names
+/// that the rows may use without making them.
+///
+/// # Errors
+/// Names used twice, names that nothing makes, cycles.
+pub fn order_rows(source: &Arc<Source>, rows: &[Row], outer: &[&str]) -> Result<Vec<usize>, Errors> {
+    let mut errors = Errors::default();
+    let span = |at: &Spanned| Span { source: source.clone(), bytes: at.bytes.clone() };
+    let mut makers: HashMap<&str, usize> = HashMap::new();
+    for (i, row) in rows.iter().enumerate() {
+        for name in &row.names {
+            if outer.contains(&name.text.as_str()) || makers.insert(&name.text, i).is_some() {
+                let message = format!("the name `{}` is used twice", name.text);
+                errors.push(Diagnostic::new(message).at(span(name)).row(row.name()));
+            }
+        }
+    }
+    let mut reads = vec![BTreeSet::new(); rows.len()];
+    for (i, row) in rows.iter().enumerate() {
+        for input in &row.inputs {
+            if let Some(&maker) = makers.get(input.text.as_str()) {
+                reads[i].insert(maker);
+            } else if !outer.contains(&input.text.as_str()) {
+                let help = match nearest(&input.text, makers.keys().copied().chain(outer.iter().copied())) {
+                    Some(best) => format!("did you mean `{best}`?"),
+                    None => "an input is the name of another row, or an input of the block or model".into(),
+                };
+                let message = format!("there is no row or input named `{}`", input.text);
+                errors.push(Diagnostic::new(message).at(span(input)).row(row.name()).help(help));
+            }
+        }
+    }
+    errors.into_result()?;
+    let mut order = Vec::with_capacity(rows.len());
+    let mut done = vec![false; rows.len()];
+    while order.len() < rows.len() {
+        let Some(next) = (0..rows.len()).find(|&i| !done[i] && reads[i].iter().all(|&r| done[r])) else {
+            let cycle = find_cycle(&reads, &done);
+            let list: Vec<_> = cycle.iter().map(|&i| format!("`{}`", rows[i].name())).collect();
+            let row = &rows[cycle[0]];
+            let message = format!("these rows form a cycle: {} -> {}", list.join(" -> "), list[0]);
+            let help = "a row cannot read what depends on it; a recurrence over time is one op, such as Longhorn";
+            return Err(Diagnostic::new(message).at(span(&row.names[0])).row(row.name()).help(help).into());
+        };
+        done[next] = true;
+        order.push(next);
+    }
+    Ok(order)
+}
+
+/// A cycle among the rows that are not done; there is one, since each of them waits for another.
+fn find_cycle(reads: &[BTreeSet<usize>], done: &[bool]) -> Vec<usize> {
+    let mut path: Vec<usize> = vec![(0..done.len()).find(|&i| !done[i]).expect("some row is not done")];
+    loop {
+        let at = path[path.len() - 1];
+        let next = *reads[at].iter().find(|&&r| !done[r]).expect("a waiting row reads a waiting row");
+        if let Some(start) = path.iter().position(|&p| p == next) {
+            let mut cycle = path.split_off(start);
+            cycle.reverse(); // in the direction in which data would flow
+            return cycle;
+        }
+        path.push(next);
     }
 }

@@ -4,7 +4,7 @@
 //! Writes the topology; `Name`, `Place`, `OpRef`, `Phase`, `RowNames` of nodes; `Name`, `Role` of values; the
 //! resources `Inputs` and `Outputs`.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use serde::Deserialize;
@@ -12,11 +12,11 @@ use serde::Deserialize;
 use super::push_once;
 use crate::build::add_source;
 use crate::components::{Inputs, Name, Objectives, OpRef, Options, Outputs, Phase, Place, Role};
-use crate::diagnostic::{Diagnostic, Errors, Span, nearest};
+use crate::diagnostic::{Diagnostic, Errors};
 use crate::format::formula::Number;
 use crate::format::model::ModelFile;
 use crate::format::number::{Scope, Size, with_scope};
-use crate::format::rows::{Row, Spanned};
+use crate::format::rows::{Row, order_rows};
 use crate::op::Op;
 use crate::registry::Registry;
 use crate::types::TensorType;
@@ -112,13 +112,16 @@ impl Expander<'_> {
         push_once(&mut self.errors, diagnostic);
     }
 
-    fn span(&self, at: &Spanned) -> Span {
-        Span { source: self.model.source.clone(), bytes: at.bytes.clone() }
-    }
-
     /// Instantiates a list of rows; returns `names` with what they make.
     fn rows(&mut self, rows: &[Row], mut names: Names, path: &str, scope: &Scope, depth: usize) -> Names {
-        let Some(order) = self.dependency_order(rows, &names) else { return poisoned(rows, names) };
+        let outer: Vec<&str> = names.keys().map(String::as_str).collect();
+        let order = match order_rows(&self.model.source, rows, &outer) {
+            Ok(order) => order,
+            Err(errors) => {
+                errors.0.into_iter().for_each(|e| self.report(e));
+                return poisoned(rows, names);
+            }
+        };
         for i in order {
             let row = &rows[i];
             let made = if row.op.text == "Repeat" {
@@ -131,57 +134,6 @@ impl Expander<'_> {
             }
         }
         names
-    }
-
-    /// The rows so that each comes after those that it reads; rows may be written in any order.
-    fn dependency_order(&mut self, rows: &[Row], outer: &Names) -> Option<Vec<usize>> {
-        let mut makers: HashMap<&str, usize> = HashMap::new();
-        let mut fine = true;
-        for (i, row) in rows.iter().enumerate() {
-            for name in &row.names {
-                if outer.contains_key(&name.text) || makers.insert(&name.text, i).is_some() {
-                    let message = format!("the name `{}` is used twice", name.text);
-                    self.report(Diagnostic::new(message).at(self.span(name)).row(row.name()));
-                    fine = false;
-                }
-            }
-        }
-        let mut reads = vec![BTreeSet::new(); rows.len()];
-        for (i, row) in rows.iter().enumerate() {
-            for input in &row.inputs {
-                if let Some(&maker) = makers.get(input.text.as_str()) {
-                    reads[i].insert(maker);
-                } else if !outer.contains_key(&input.text) {
-                    let known = makers.keys().copied().chain(outer.keys().map(String::as_str));
-                    let help = match nearest(&input.text, known) {
-                        Some(best) => format!("did you mean `{best}`?"),
-                        None => "an input is the name of another row, or an input of the block or model".into(),
-                    };
-                    let message = format!("there is no row or input named `{}`", input.text);
-                    self.report(Diagnostic::new(message).at(self.span(input)).row(row.name()).help(help));
-                    fine = false;
-                }
-            }
-        }
-        if !fine {
-            return None;
-        }
-        let mut order = Vec::with_capacity(rows.len());
-        let mut done = vec![false; rows.len()];
-        while order.len() < rows.len() {
-            let Some(next) = (0..rows.len()).find(|&i| !done[i] && reads[i].iter().all(|&r| done[r])) else {
-                let cycle = find_cycle(&reads, &done);
-                let list: Vec<_> = cycle.iter().map(|&i| format!("`{}`", rows[i].name())).collect();
-                let row = &rows[cycle[0]];
-                let message = format!("these rows form a cycle: {} -> {}", list.join(" -> "), list[0]);
-                let help = "a row cannot read what depends on it; a recurrence over time is one op, such as Longhorn";
-                self.report(Diagnostic::new(message).at(self.span(&row.names[0])).row(row.name()).help(help));
-                return None;
-            };
-            done[next] = true;
-            order.push(next);
-        }
-        Some(order)
     }
 
     fn node(&mut self, row: &Row, names: &Names, path: &str, scope: &Scope) -> Option<Vec<ValueId>> {
@@ -289,19 +241,4 @@ fn poisoned(rows: &[Row], mut names: Names) -> Names {
         names.insert(name.text.clone(), None);
     }
     names
-}
-
-/// A cycle among the rows that are not done; there is one, since each of them waits for another.
-fn find_cycle(reads: &[BTreeSet<usize>], done: &[bool]) -> Vec<usize> {
-    let mut path: Vec<usize> = vec![(0..done.len()).find(|&i| !done[i]).expect("some row is not done")];
-    loop {
-        let at = path[path.len() - 1];
-        let next = *reads[at].iter().find(|&&r| !done[r]).expect("a waiting row reads a waiting row");
-        if let Some(start) = path.iter().position(|&p| p == next) {
-            let mut cycle = path.split_off(start);
-            cycle.reverse(); // in the direction in which data would flow
-            return cycle;
-        }
-        path.push(next);
-    }
 }

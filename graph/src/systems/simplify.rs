@@ -13,7 +13,6 @@ use crate::builtin::Copy;
 use crate::components::{GradientOf, Name, OpRef, Outputs, Parameters, Phase, Role};
 use crate::diagnostic::{Diagnostic, Errors};
 use crate::op::{OpError, View};
-use crate::types::TensorType;
 use crate::world::{NodeId, ValueId, World};
 
 /// Of values: it lies in the memory of another, from this column on. The other one may be an alias too.

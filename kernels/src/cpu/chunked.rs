@@ -14,6 +14,9 @@
 //! All blocks are packed into aligned scratch and padded with zeros to multiples of 16 columns, so the products
 //! ([`product`]) need no masks; a head's block is small enough for packing to cost little beside the products.
 
+// tile and token indices address several arrays at once
+#![allow(clippy::needless_range_loop)]
+
 use std::ops::Range;
 
 use super::simd::Simd;
@@ -56,6 +59,73 @@ pub(super) fn with_aligned<R>(len: usize, body: impl FnOnce(&mut [f32]) -> R) ->
 /// Rows and columns of one head of one batch row.
 pub(super) fn block<'a>(m: Rows<'a>, rows: &Range<usize>, cols: &Range<usize>) -> Rows<'a> {
     m.slice_rows(rows.start, rows.end).slice_cols(cols.start, cols.end)
+}
+
+/// Memory that the next chunk needs, asked for a few cache lines at a time while the products of this one run.
+///
+/// A head's columns are short pieces of rows, in which the hardware's prefetchers find no pattern; and asking for
+/// a whole block at once would fill the queue of outstanding misses and stall as well.
+pub(super) struct Ahead {
+    blocks: [(*const f32, usize, usize, usize); 10],
+    len: usize,
+    row: usize,
+    line: usize,
+}
+
+impl Ahead {
+    /// Nothing.
+    pub fn new() -> Self {
+        Self { blocks: [(std::ptr::null(), 0, 0, 0); 10], len: 0, row: 0, line: 0 }
+    }
+
+    /// Forgets what was not asked for yet, and takes `rows` of every matrix, where they have such.
+    pub fn set<const N: usize>(&mut self, matrices: [Rows<'_>; N], rows: Range<usize>) {
+        *self = Self::new();
+        for m in matrices {
+            self.add(m, rows.clone());
+        }
+    }
+
+    /// Adds `rows` of a matrix, where it has such.
+    pub fn add(&mut self, m: Rows<'_>, rows: Range<usize>) {
+        let (start, end) = (rows.start.min(m.rows()), rows.end.min(m.rows()));
+        if start < end && self.len < self.blocks.len() {
+            self.blocks[self.len] = (m.row(start).as_ptr(), end - start, m.cols().div_ceil(16), m.stride());
+            self.len += 1;
+        }
+    }
+
+    /// Asks for a few lines.
+    #[inline(always)]
+    fn some(&mut self) {
+        for _ in 0..8 {
+            if self.len == 0 {
+                return;
+            }
+            let (from, rows, lines, stride) = self.blocks[self.len - 1];
+            prefetch(from.wrapping_add(self.row * stride + self.line * 16));
+            self.line += 1;
+            if self.line == lines {
+                (self.line, self.row) = (0, self.row + 1);
+                if self.row == rows {
+                    (self.row, self.len) = (0, self.len - 1);
+                }
+            }
+        }
+    }
+}
+
+/// Asks for a cache line. Any address will do: this is a hint.
+#[inline(always)]
+fn prefetch(at: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch does not access memory in the sense of the language; SSE is part of x86_64.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
 }
 
 /// Splits `n` elements off the front of `buffer`.
@@ -108,6 +178,8 @@ pub(super) enum Start<'a> {
     Accumulate,
     /// The old value with row `i` times element `i`.
     Scale(&'a [f32]),
+    /// As `Scale`, but of another matrix with the same layout as the result.
+    ScaleOf(&'a [f32], &'a [f32]),
 }
 
 /// `MR` rows by `NV` vectors of a product, in registers.
@@ -125,15 +197,15 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize>(
     ldb: usize,
     c: *mut f32,
     ldc: usize,
-    (accumulate, scale): (bool, Option<*const f32>),
+    (init, scale): (Option<*const f32>, Option<*const f32>),
 ) {
     // SAFETY: all addresses lie in the blocks of the caller's promise.
     unsafe {
         let mut acc = [[s.zero(); NV]; MR];
-        if accumulate {
+        if let Some(init) = init {
             for i in 0..MR {
                 for v in 0..NV {
-                    acc[i][v] = s.load_ptr(c.add(i * ldc + v * S::LANES));
+                    acc[i][v] = s.load_ptr(init.add(i * ldc + v * S::LANES));
                 }
             }
             if let Some(scale) = scale {
@@ -181,15 +253,17 @@ unsafe fn panel<S: Simd, const NV: usize>(
     ldb: usize,
     c: *mut f32,
     ldc: usize,
-    (accumulate, scale): (bool, Option<*const f32>),
+    (init, scale): (Option<*const f32>, Option<*const f32>),
+    ahead: &mut Ahead,
 ) {
     let mut i = 0;
     macro_rules! rows {
         ($mr:literal) => {
-            while i + $mr <= m {
+            while m - i >= $mr {
+                ahead.some();
                 // SAFETY: rows i..i + MR are inside.
                 unsafe {
-                    let start = (accumulate, scale.map(|w| w.add(i)));
+                    let start = (init.map(|x| x.add(i * ldc)), scale.map(|w| w.add(i)));
                     tile::<S, $mr, NV>(s, k, a.add(i * step.0), step, b, ldb, c.add(i * ldc), ldc, start);
                 }
                 i += $mr;
@@ -207,32 +281,39 @@ unsafe fn panel<S: Simd, const NV: usize>(
 simd_fn! {
     /// `c = start + a b` for `a` `[m, k]`, `b` `[k, n]`, `c` `[m, n]`; `n` a multiple of 16.
     pub(super) fn product(
-        s: S, c: &mut [f32], ldc: usize, size: [usize; 3], a: Left<'_>, b: &[f32], ldb: usize, start: Start<'_>,
+        s: S, c: &mut [f32], ldc: usize, size: [usize; 3], a: Left<'_>, b: &[f32], ldb: usize, start: Start<'_>, ahead: &mut Ahead,
     ) {
         let [m, n, k] = size;
         if m == 0 || n == 0 {
             return;
         }
-        assert!(n % 16 == 0 && ldc >= n && c.len() >= (m - 1) * ldc + n);
+        assert!(n.is_multiple_of(16) && ldc >= n && c.len() >= (m - 1) * ldc + n);
         assert!(k == 0 || (b.len() >= (k - 1) * ldb + n && a.data.len() > (m - 1) * a.row + (k - 1) * a.col));
-        let start = match start {
-            Start::Zero => (false, None),
-            Start::Accumulate => (true, None),
-            Start::Scale(w) => {
-                assert!(w.len() >= m);
-                (true, Some(w.as_ptr()))
+        let c_ptr = c.as_mut_ptr();
+        let (init, scale) = match start {
+            Start::Zero => (None, None),
+            Start::Accumulate => (Some(c_ptr.cast_const()), None),
+            Start::Scale(w) => (Some(c_ptr.cast_const()), Some(w)),
+            Start::ScaleOf(x, w) => {
+                assert!(x.len() >= (m - 1) * ldc + n);
+                (Some(x.as_ptr()), Some(w))
             }
         };
+        assert!(scale.is_none_or(|w| w.len() >= m));
+        let scale = scale.map(|w| w.as_ptr());
+        let (a_ptr, b_ptr) = (a.data.as_ptr(), b.as_ptr());
         let step = (a.row, a.col);
         let mut j = 0;
         // SAFETY: the lengths were checked above, and columns j.. are inside.
         unsafe {
             while j + 2 * S::LANES <= n {
-                panel::<S, 2>(s, m, k, a.data.as_ptr(), step, b.as_ptr().add(j), ldb, c.as_mut_ptr().add(j), ldc, start);
+                let start = (init.map(|x| x.add(j)), scale);
+                panel::<S, 2>(s, m, k, a_ptr, step, b_ptr.add(j), ldb, c_ptr.add(j), ldc, start, ahead);
                 j += 2 * S::LANES;
             }
             while j < n {
-                panel::<S, 1>(s, m, k, a.data.as_ptr(), step, b.as_ptr().add(j), ldb, c.as_mut_ptr().add(j), ldc, start);
+                let start = (init.map(|x| x.add(j)), scale);
+                panel::<S, 1>(s, m, k, a_ptr, step, b_ptr.add(j), ldb, c_ptr.add(j), ldc, start, ahead);
                 j += S::LANES;
             }
         }
@@ -280,7 +361,7 @@ simd_fn! {
 
     /// `to` `[n, m]` = transpose of `from` `[m, n]`; both dense, `m` and `n` multiples of 4.
     pub(super) fn transpose(_s: S, to: &mut [f32], from: &[f32], m: usize, n: usize) {
-        assert!(m % 4 == 0 && n % 4 == 0 && to.len() >= m * n && from.len() >= m * n);
+        assert!(m.is_multiple_of(4) && n.is_multiple_of(4) && to.len() >= m * n && from.len() >= m * n);
         for i in (0..m).step_by(4) {
             for j in (0..n).step_by(4) {
                 // SAFETY: the 4 x 4 blocks at (i, j) and (j, i) are inside.
@@ -389,16 +470,23 @@ unsafe fn transpose_4x4(from: *const f32, n: usize, to: *mut f32, m: usize) {
 }
 
 /// `c = a b` for a lower triangular `a` `[CHUNK, CHUNK]` and `b` `[CHUNK, n]`.
-pub(super) fn lower_product(c: &mut [f32], a: &[f32], b: &[f32], n: usize, start: Start<'_>) {
+pub(super) fn lower_product(c: &mut [f32], a: &[f32], b: &[f32], n: usize, start: Start<'_>, ahead: &mut Ahead) {
     let half = CHUNK / 2;
-    product(c, n, [half, n, half], Left::rows(a, CHUNK), b, n, start);
-    product(&mut c[half * n..], n, [half, n, CHUNK], Left::rows(&a[half * CHUNK..], CHUNK), b, n, start);
+    product(c, n, [half, n, half], Left::rows(a, CHUNK), b, n, start, ahead);
+    product(&mut c[half * n..], n, [half, n, CHUNK], Left::rows(&a[half * CHUNK..], CHUNK), b, n, start, ahead);
 }
 
 /// `c = a^T b` for a lower triangular `a` `[CHUNK, CHUNK]` and `b` `[CHUNK, n]`.
-pub(super) fn lower_transposed_product(c: &mut [f32], a: &[f32], b: &[f32], n: usize, start: Start<'_>) {
+pub(super) fn lower_transposed_product(
+    c: &mut [f32],
+    a: &[f32],
+    b: &[f32],
+    n: usize,
+    start: Start<'_>,
+    ahead: &mut Ahead,
+) {
     let half = CHUNK / 2;
     let corner = Left::transposed(&a[half * CHUNK + half..], CHUNK);
-    product(c, n, [half, n, CHUNK], Left::transposed(a, CHUNK), b, n, start);
-    product(&mut c[half * n..], n, [half, n, half], corner, &b[half * n..], n, start);
+    product(c, n, [half, n, CHUNK], Left::transposed(a, CHUNK), b, n, start, ahead);
+    product(&mut c[half * n..], n, [half, n, half], corner, &b[half * n..], n, start, ahead);
 }

@@ -334,6 +334,8 @@ mod tests {
         };
         assert!(device.load(vec![launch(operand(0, 2, 2, 2), operand(8, 2, 2, 2))], buffers.clone()).is_err());
         assert!(device.load(vec![launch(operand(0, 2, 1, 2), operand(4, 2, 1, 2))], buffers.clone()).is_ok());
+        assert!(device.load(vec![launch(operand(8, 2, 1, 4), operand(4, 2, 1, 4))], buffers.clone()).is_ok());
+        assert!(device.load(vec![launch(operand(8, 2, 2, 4), operand(12, 2, 2, 4))], buffers.clone()).is_err());
         assert!(device.load(vec![launch(operand(0, 2, 1, 1), operand(60, 2, 1, 1))], buffers).is_err());
     }
 }

@@ -43,8 +43,11 @@ pub fn gla_boundaries_len(batch: usize, time: usize, heads: usize, dk: usize, dv
 fn sizes(q: &Rows<'_>, k: &Rows<'_>, v: &Rows<'_>, g: &Rows<'_>, batch: usize, heads: usize) -> (usize, usize, usize) {
     let shape = (q.rows(), q.cols());
     assert!((k.rows(), k.cols()) == shape && (g.rows(), g.cols()) == shape && v.rows() == shape.0, "shapes differ");
-    assert!(heads > 0 && q.cols() % heads == 0 && v.cols() % heads == 0, "columns do not divide into heads");
-    assert!(batch > 0 && q.rows() % batch == 0, "rows do not divide into the batch");
+    assert!(
+        heads > 0 && q.cols().is_multiple_of(heads) && v.cols().is_multiple_of(heads),
+        "columns do not divide into heads"
+    );
+    assert!(batch > 0 && q.rows().is_multiple_of(batch), "rows do not divide into the batch");
     (q.rows() / batch, q.cols() / heads, v.cols() / heads)
 }
 
@@ -123,6 +126,7 @@ fn forward_head(
             Some(dense) => load_state(state, dense, dv),
             None => state.fill(0.0),
         }
+        let mut ahead = Ahead::new();
         for from in (0..time).step_by(CHUNK) {
             let c = CHUNK.min(time - from);
             if let Some(kept) = boundaries.as_deref_mut()
@@ -135,17 +139,18 @@ fn forward_head(
             pack(vp, v.slice_rows(from, from + c), 1.0);
             pack_gates(gate, g.slice_rows(from, from + c));
             transpose(kt, kp, CHUNK, pk);
+            ahead.set([y.as_rows(), g, v, k, q], from + CHUNK..from + 2 * CHUNK);
             // kt becomes the keys decayed to the end of the chunk
             decayed_scores(scores, kt, qp, gate, dk);
-            lower_product(yp, scores, vp, pv, Start::Zero);
+            lower_product(yp, scores, vp, pv, Start::Zero, &mut ahead);
             decay_from_start(qp, total, gate, pk);
             if from > 0 || initial.is_some() {
-                product(yp, pv, [CHUNK, pv, dk], Left::rows(qp, pk), state, pv, Start::Accumulate);
+                product(yp, pv, [CHUNK, pv, dk], Left::rows(qp, pk), state, pv, Start::Accumulate, &mut ahead);
             }
             // SAFETY: y is this task's own, and the block is not borrowed elsewhere.
             unpack(unsafe { y.shared_block(from..from + c, 0..dv) }, yp, 1.0);
             if from + c < time || last.is_some() {
-                product(state, pv, [dk, pv, c], Left::rows(kt, CHUNK), vp, pv, Start::Scale(total));
+                product(state, pv, [dk, pv, c], Left::rows(kt, CHUNK), vp, pv, Start::Scale(total), &mut ahead);
             }
         }
         if let Some(dense) = last {
@@ -223,6 +228,7 @@ fn backward_head([dq, dk, dv, dg]: [RowsMut<'_>; 4], [dy, q, k, v, g]: [Rows<'_>
         // rows of padding that the products never write but the transposition reads
         from_state[nk * CHUNK..].fill(0.0);
 
+        let mut ahead = Ahead::new();
         for span in (0..time).step_by(SPAN).rev() {
             let end = time.min(span + SPAN);
             states[..len].copy_from_slice(&boundaries[span / SPAN * len..(span / SPAN + 1) * len]);
@@ -233,8 +239,9 @@ fn backward_head([dq, dk, dv, dg]: [RowsMut<'_>; 4], [dy, q, k, v, g]: [Rows<'_>
                     pack(vp, v.slice_rows(from, from + CHUNK), 1.0);
                     pack_gates(gate, g.slice_rows(from, from + CHUNK));
                     decay_to_end(decayed_k, kp, total, gate, pk);
-                    after.copy_from_slice(before);
-                    product(after, pv, [nk, pv, CHUNK], Left::transposed(decayed_k, pk), vp, pv, Start::Scale(total));
+                    ahead.set([k, v, g], from + CHUNK..from + 2 * CHUNK);
+                    let start = Start::ScaleOf(before, total);
+                    product(after, pv, [nk, pv, CHUNK], Left::transposed(decayed_k, pk), vp, pv, start, &mut ahead);
                 }
             }
             for (index, from) in (span..end).step_by(CHUNK).enumerate().rev() {
@@ -248,26 +255,40 @@ fn backward_head([dq, dk, dv, dg]: [RowsMut<'_>; 4], [dy, q, k, v, g]: [Rows<'_>
                 transpose(kt, kp, CHUNK, pk);
                 transpose(vt, vp, CHUNK, pv);
                 transpose(dyt, dyp, CHUNK, pv);
+                let next = from.saturating_sub(CHUNK)..from;
+                ahead.set([&dg, &dv, &dk, &dq].map(|m| m.as_rows()), next.clone());
+                for m in [v, dy, g, k, q] {
+                    ahead.add(m, next.clone());
+                }
                 decayed_scores(scores, kt, qp, gate, nk);
-                product(cross, CHUNK, [CHUNK, CHUNK, nv], Left::rows(dyp, pv), vt, CHUNK, Start::Zero);
+                product(cross, CHUNK, [CHUNK, CHUNK, nv], Left::rows(dyp, pv), vt, CHUNK, Start::Zero, &mut ahead);
                 inner_gradients(inner_q, inner_k, qp, kp, gate, cross, pk);
 
                 // without the decays, which `finish` applies
-                product(from_state, CHUNK, [nk, CHUNK, nv], Left::rows(state, pv), dyt, CHUNK, Start::Zero);
+                product(from_state, CHUNK, [nk, CHUNK, nv], Left::rows(state, pv), dyt, CHUNK, Start::Zero, &mut ahead);
                 transpose(dqp, from_state, pk, CHUNK);
                 decayed_q.copy_from_slice(qp);
                 decay_from_start(decayed_q, total, gate, pk);
                 // the state after the last chunk has no gradient
                 if from + c < time {
-                    product(from_state, CHUNK, [nk, CHUNK, nv], Left::rows(grad, pv), vt, CHUNK, Start::Zero);
+                    product(
+                        from_state,
+                        CHUNK,
+                        [nk, CHUNK, nv],
+                        Left::rows(grad, pv),
+                        vt,
+                        CHUNK,
+                        Start::Zero,
+                        &mut ahead,
+                    );
                     transpose(dkp, from_state, pk, CHUNK);
                     decay_to_end(decayed_k, kp, total, gate, pk);
-                    product(dvp, pv, [CHUNK, pv, nk], Left::rows(decayed_k, pk), grad, pv, Start::Zero);
-                    lower_transposed_product(dvp, scores, dyp, pv, Start::Accumulate);
+                    product(dvp, pv, [CHUNK, pv, nk], Left::rows(decayed_k, pk), grad, pv, Start::Zero, &mut ahead);
+                    lower_transposed_product(dvp, scores, dyp, pv, Start::Accumulate, &mut ahead);
                     row_dots(through, state, grad, total, nk, pv);
                 } else {
                     dkp.fill(0.0);
-                    lower_transposed_product(dvp, scores, dyp, pv, Start::Zero);
+                    lower_transposed_product(dvp, scores, dyp, pv, Start::Zero, &mut ahead);
                     through.fill(0.0);
                 }
                 finish(dqp, dkp, dgp, inner_q, inner_k, qp, kp, gate, cross, through, pk);
@@ -279,7 +300,16 @@ fn backward_head([dq, dk, dv, dg]: [RowsMut<'_>; 4], [dy, q, k, v, g]: [Rows<'_>
                     unpack(dg.shared_block(from..from + c, 0..nk), dgp, 1.0);
                 }
                 if from > 0 {
-                    product(grad, pv, [nk, pv, c], Left::transposed(decayed_q, pk), dyp, pv, Start::Scale(total));
+                    product(
+                        grad,
+                        pv,
+                        [nk, pv, c],
+                        Left::transposed(decayed_q, pk),
+                        dyp,
+                        pv,
+                        Start::Scale(total),
+                        &mut ahead,
+                    );
                 }
             }
         }
@@ -479,7 +509,7 @@ simd_fn! {
 
 /// `R` rows of scores from row `i0` on, `V` vectors of tokens.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, clippy::needless_range_loop)] // `v` is a place in memory as well
 fn score_rows<S: Simd, const R: usize, const V: usize>(
     s: S,
     scores: &mut [f32],

@@ -1,9 +1,8 @@
-//! What the scans with a diagonal state ([`longhorn`](super::longhorn), [`selective_scan`](super::selective_scan))
-//! have in common: the partition of the work, the layout of a task's scratch memory, packing and reductions.
+//! The driver of the scans with a diagonal state: [`longhorn`](super::longhorn), [`selective_scan`](super::selective_scan).
 //!
-//! A scan runs one recurrence per (batch element, channel, state). The vector lanes go along the channels, so
-//! what belongs to a state alone (a key, a query) is a broadcast scalar, and nothing is summed across lanes in
-//! the forward pass.
+//! A scan runs one recurrence per (batch element, channel, state); a [`Recurrence`] is its arithmetic, all the rest
+//! is here. The vector lanes go along the channels, so what belongs to a state alone (a key, a query) is a broadcast
+//! scalar, and nothing is summed across lanes in the forward pass.
 //!
 //! * A **task** is one batch element and a block of channels ([`Split`]). It walks through time in chunks of
 //!   [`CHUNK`] rows.
@@ -12,24 +11,38 @@
 //!   states are missing, so that the recurrence has no special cases.
 //! * The **recurrence** then runs over the chunk for tiles of [`STATES`] × [`VECTORS`] vectors of channels. That
 //!   many states stay in registers on any machine, each broadcast serves two vectors, and eight independent
-//!   chains hide the latency of the arithmetic. The records of a tile are consecutive in memory.
+//!   chains hide the latency of the arithmetic. The records of a tile are consecutive in memory. In the forward pass it also
+//!   prefetches the inputs of the next chunk, as it needs no memory beyond the caches itself.
 //! * The chunk is **finished** row by row like it was prepared.
 //!
 //! The forward pass keeps only the state at the start of each chunk, `1 / CHUNK` of all states. The backward pass
 //! goes through the chunks from the last to the first; for four states at a time it computes the states of the
-//! chunk again, into a scratch of a few kilobytes, and runs the adjoint recurrence over them.
+//! chunk again, keeps what the gradient needs of them in a scratch that fits in the caches, and runs the adjoint
+//! recurrence over it. The gradients of keys and queries are sums over channels: they stay in vectors until a chunk of
+//! a channel block is done, and are then summed over the lanes, and at the end over the channel blocks.
 
-use super::simd::Simd;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use super::simd::{Simd, dispatch};
+use super::threads::{parallel_for, parallel_ranges, with_scratch};
+use crate::rows::SharedSlice;
 use crate::{Rows, RowsMut};
+
+mod task;
+mod vectors;
+
+use task::{BackwardTask, ForwardTask, TaskGradients, backward_scratch, forward_scratch};
+pub(super) use vectors::{exp_neg, exp2, softplus_and_sigmoid};
 
 /// Rows of a chunk: the distance of the states that the forward pass keeps for the backward pass.
 pub const CHUNK: usize = 32;
 /// States of a tile.
-pub(super) const STATES: usize = 4;
+const STATES: usize = 4;
 /// Vectors of channels of a tile.
-pub(super) const VECTORS: usize = 2;
+const VECTORS: usize = 2;
 /// Floats of a cache line, and the widest vector. Channel blocks are multiples of `VECTORS * LINE`.
-pub(super) const LINE: usize = 16;
+const LINE: usize = 16;
 
 /// Sizes of a scan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,19 +80,19 @@ impl Dims {
     }
 
     /// `state` rounded up to whole tiles.
-    pub(super) fn padded_state(&self) -> usize {
+    fn padded_state(&self) -> usize {
         self.state.next_multiple_of(STATES)
     }
 
     #[track_caller]
-    pub(super) fn check(&self, what: &str, shape: (usize, usize), cols: usize) {
+    fn check(&self, what: &str, shape: (usize, usize), cols: usize) {
         assert_eq!(shape, (self.rows(), cols), "{what}: rows and columns");
     }
 }
 
 /// The partition of a scan into tasks, which depends on the sizes alone.
 #[derive(Clone, Copy)]
-pub(super) struct Split {
+struct Split {
     /// Channels of a task.
     pub width: usize,
     /// Tasks per batch element.
@@ -105,270 +118,255 @@ impl Split {
     }
 }
 
-/// Splits scratch memory into parts that start at cache lines.
-pub(super) struct Carve<'a>(&'a mut [f32]);
+/// The arithmetic of a scan. `h = decay h + input` per state, where both come from two functions of a channel
+/// (`first`, `second`), a scalar of the state (`k`) and, for some scans, a rate per channel and state.
+pub(super) trait Recurrence: Copy + Send + Sync {
+    /// Whether there are rates.
+    const RATES: bool;
+    /// Whether `prepare` needs `|k|²`.
+    const SQUARES: bool;
+    /// Vectors that `update` keeps for `adjoint`: 1 or 2.
+    const KEPT: usize;
 
-impl<'a> Carve<'a> {
-    pub fn new(memory: &'a mut [f32]) -> Self {
-        let skip = memory.as_ptr().align_offset(LINE * 4).min(memory.len());
-        Self(&mut memory[skip..])
-    }
+    /// `first`, `second` and a `slope` for `gradients`, from the step size with its bias, the input and `|k|²`.
+    fn prepare<S: Simd>(s: S, step: S::F, u: S::F, squares: S::F) -> [S::F; 3];
 
-    /// What [`take`](Self::take) of these lengths needs in total.
-    pub fn len(parts: &[usize]) -> usize {
-        parts.iter().map(|n| n.next_multiple_of(LINE)).sum::<usize>() + LINE
-    }
+    /// The next state, and what to keep; `forward` is `first` and `second`.
+    fn update<S: Simd>(s: S, forward: [S::F; 2], k: S::F, rate: S::F, h: S::F) -> (S::F, [S::F; 2]);
 
-    pub fn take(&mut self, len: usize) -> &'a mut [f32] {
-        let (part, rest) = std::mem::take(&mut self.0).split_at_mut(len.next_multiple_of(LINE));
-        self.0 = rest;
-        &mut part[..len]
-    }
+    /// From the gradient `lambda` of a state to that of the state before; adds to the sums.
+    fn adjoint<S: Simd>(
+        s: S,
+        forward: [S::F; 2],
+        k: S::F,
+        rate: S::F,
+        kept: [S::F; 2],
+        lambda: S::F,
+        sums: &mut Sums<S>,
+    ) -> S::F;
+
+    /// Gradients of `u` (but for the skip connection), of the step size, and of `|k|²`, from what `prepare` returned
+    /// and the sums over the states.
+    fn gradients<S: Simd>(s: S, prepared: [S::F; 3], u: S::F, sums: [S::F; 2]) -> [S::F; 3];
 }
 
-/// The first `lanes` floats at `from`, and zeros. With the constant `S::LANES` it is a plain load.
-///
-/// # Safety
-/// `from` must be valid for `lanes` reads.
-#[inline(always)]
-pub(super) unsafe fn load_lanes<S: Simd>(s: S, from: *const f32, lanes: usize) -> S::F {
-    // SAFETY: the caller's promise.
-    unsafe {
-        if lanes == S::LANES {
-            s.load_ptr(from)
-        } else {
-            s.load_partial(std::slice::from_raw_parts(from, lanes), lanes)
+/// What [`Recurrence::adjoint`] adds to.
+pub(super) struct Sums<S: Simd> {
+    /// Two sums over the states of a channel.
+    pub channel: [S::F; 2],
+    /// Gradient of `k`, over channels.
+    pub k: S::F,
+    /// Gradient of the rate, over time.
+    pub rate: S::F,
+}
+
+/// Inputs of a scan: of a call, or of one task.
+#[derive(Clone, Copy)]
+pub(super) struct Inputs<'a> {
+    pub u: Rows<'a>,
+    pub step: Rows<'a>,
+    pub q: Rows<'a>,
+    pub k: Rows<'a>,
+    pub bias: Option<&'a [f32]>,
+    pub skip: Option<&'a [f32]>,
+    pub gate: Option<Rows<'a>>,
+    /// `[N, D]`
+    pub rates: Option<Rows<'a>>,
+}
+
+/// Gradients of a scan; see [`Inputs`].
+pub(super) struct Gradients<'a> {
+    pub u: RowsMut<'a>,
+    pub step: RowsMut<'a>,
+    pub q: RowsMut<'a>,
+    pub k: RowsMut<'a>,
+    pub bias: Option<&'a mut [f32]>,
+    pub skip: Option<&'a mut [f32]>,
+    pub gate: Option<RowsMut<'a>>,
+    /// `[D, N]`; what is given for the rates is multiplied by `rate * rate_scale`.
+    pub rates: Option<&'a mut [f32]>,
+    pub rate_scale: f32,
+}
+
+impl<'a> Inputs<'a> {
+    fn check(&self, dims: &Dims) {
+        dims.check("u", (self.u.rows(), self.u.cols()), dims.channels);
+        dims.check("step size", (self.step.rows(), self.step.cols()), dims.channels);
+        dims.check("query", (self.q.rows(), self.q.cols()), dims.state);
+        dims.check("key", (self.k.rows(), self.k.cols()), dims.state);
+        if let Some(gate) = self.gate {
+            dims.check("gate", (gate.rows(), gate.cols()), dims.channels);
+        }
+        for parameter in [self.bias, self.skip].into_iter().flatten() {
+            assert_eq!(parameter.len(), dims.channels, "parameter per channel");
+        }
+    }
+
+    /// What a task reads: one sequence, some channels.
+    fn block(&self, rows: Range<usize>, channels: Range<usize>) -> Inputs<'a> {
+        let columns = |x: Rows<'a>| x.slice_cols(channels.start, channels.end);
+        let sequence = |x: Rows<'a>| x.slice_rows(rows.start, rows.end);
+        Inputs {
+            u: columns(sequence(self.u)),
+            step: columns(sequence(self.step)),
+            q: sequence(self.q),
+            k: sequence(self.k),
+            bias: self.bias.map(|x| &x[channels.clone()]),
+            skip: self.skip.map(|x| &x[channels.clone()]),
+            gate: self.gate.map(|x| columns(sequence(x))),
+            rates: self.rates.map(columns),
         }
     }
 }
 
-/// Writes the first `lanes` lanes.
-///
-/// # Safety
-/// `to` must be valid for `lanes` writes.
-#[inline(always)]
-pub(super) unsafe fn store_lanes<S: Simd>(s: S, to: *mut f32, lanes: usize, v: S::F) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        if lanes == S::LANES {
-            s.store_ptr(to, v);
-        } else {
-            s.store_partial(std::slice::from_raw_parts_mut(to, lanes), lanes, v);
-        }
+/// The forward pass; see [`longhorn::forward`](super::longhorn::forward).
+pub(super) fn forward<R: Recurrence>(
+    dims: Dims,
+    inputs: &Inputs<'_>,
+    y: RowsMut<'_>,
+    state: Option<&mut [f32]>,
+    boundaries: Option<&mut [f32]>,
+) {
+    inputs.check(&dims);
+    dims.check("y", (y.rows(), y.cols()), dims.channels);
+    let split = Split::new(&dims);
+    let (n, d, c) = (dims.state, dims.channels, dims.chunks() * dims.state);
+    let state = state.map(|x| {
+        assert_eq!(x.len(), dims.state_len(), "state");
+        RowsMut::new(x, dims.batch * n, d, d)
+    });
+    let boundaries = boundaries.map(|x| {
+        assert_eq!(x.len(), dims.boundaries_len(), "boundaries");
+        RowsMut::new(x, dims.batch * c, d, d)
+    });
+    parallel_for(dims.batch * split.groups, |task| {
+        let (b, _, channels) = split.task(&dims, task);
+        let rows = b * dims.time..(b + 1) * dims.time;
+        with_scratch(forward_scratch(&dims, split.width), |scratch| {
+            // SAFETY: tasks differ in the sequence or in the channels.
+            let (y, state, boundaries) = unsafe {
+                (
+                    y.shared_block(rows.clone(), channels.clone()),
+                    state.as_ref().map(|x| x.shared_block(b * n..(b + 1) * n, channels.clone())),
+                    boundaries.as_ref().map(|x| x.shared_block(b * c..(b + 1) * c, channels.clone())),
+                )
+            };
+            let inputs = inputs.block(rows, channels);
+            let recurrence = PhantomData::<R>;
+            dispatch(ForwardTask { recurrence, dims, width: split.width, inputs, y, state, boundaries, scratch });
+        });
+    });
+}
+
+/// The backward pass; see [`longhorn::backward`](super::longhorn::backward).
+pub(super) fn backward<R: Recurrence>(
+    dims: Dims,
+    inputs: &Inputs<'_>,
+    dy: Rows<'_>,
+    boundaries: &[f32],
+    gradients: Gradients<'_>,
+) {
+    inputs.check(&dims);
+    let g = gradients;
+    dims.check("gradient of y", (dy.rows(), dy.cols()), dims.channels);
+    dims.check("gradient of u", (g.u.rows(), g.u.cols()), dims.channels);
+    dims.check("gradient of the step size", (g.step.rows(), g.step.cols()), dims.channels);
+    dims.check("gradient of the query", (g.q.rows(), g.q.cols()), dims.state);
+    dims.check("gradient of the key", (g.k.rows(), g.k.cols()), dims.state);
+    assert_eq!(g.gate.is_some(), inputs.gate.is_some(), "a gradient for the gate exactly if there is one");
+    if let Some(gate) = &g.gate {
+        dims.check("gradient of the gate", (gate.rows(), gate.cols()), dims.channels);
     }
-}
-
-/// `to += v`
-///
-/// # Safety
-/// `to` must be valid for `S::LANES` reads and writes.
-#[inline(always)]
-pub(super) unsafe fn accumulate<S: Simd>(s: S, to: *mut f32, v: S::F) {
-    // SAFETY: the caller's promise.
-    unsafe { s.store_ptr(to, s.add(s.load_ptr(to), v)) }
-}
-
-/// The vectors of a tile at `from`.
-///
-/// # Safety
-/// `from` must be valid for `VECTORS * S::LANES` reads.
-#[inline(always)]
-pub(super) unsafe fn load_tile<S: Simd>(s: S, from: *const f32) -> [S::F; VECTORS] {
-    let mut tile = [s.zero(); VECTORS];
-    for (v, x) in tile.iter_mut().enumerate() {
-        // SAFETY: the caller's promise.
-        *x = unsafe { s.load_ptr(from.add(v * S::LANES)) };
-    }
-    tile
-}
-
-/// Writes the vectors of a tile to `to`.
-///
-/// # Safety
-/// `to` must be valid for `VECTORS * S::LANES` writes.
-#[inline(always)]
-pub(super) unsafe fn store_tile<S: Simd>(s: S, to: *mut f32, tile: [S::F; VECTORS]) {
-    for (v, &x) in tile.iter().enumerate() {
-        // SAFETY: the caller's promise.
-        unsafe { s.store_ptr(to.add(v * S::LANES), x) };
-    }
-}
-
-/// A tile of states at `from` (`[STATES, VECTORS, LANES]`).
-///
-/// # Safety
-/// `from` must be valid for `STATES * VECTORS * S::LANES` reads.
-#[inline(always)]
-pub(super) unsafe fn load_states<S: Simd>(s: S, from: *const f32) -> [[S::F; VECTORS]; STATES] {
-    let mut states = [[s.zero(); VECTORS]; STATES];
-    for (n, x) in states.iter_mut().enumerate() {
-        // SAFETY: the caller's promise.
-        *x = unsafe { load_tile(s, from.add(n * VECTORS * S::LANES)) };
-    }
-    states
-}
-
-/// The reverse of [`load_states`].
-///
-/// # Safety
-/// `to` must be valid for `STATES * VECTORS * S::LANES` writes.
-#[inline(always)]
-pub(super) unsafe fn store_states<S: Simd>(s: S, to: *mut f32, states: [[S::F; VECTORS]; STATES]) {
-    for (n, &x) in states.iter().enumerate() {
-        // SAFETY: the caller's promise.
-        unsafe { store_tile(s, to.add(n * VECTORS * S::LANES), x) };
-    }
-}
-
-/// States `n..` of vectors `v..` of `[N, channels]`, with zeros for missing states and channels.
-#[inline(always)]
-pub(super) fn gather_states<S: Simd>(s: S, from: Rows<'_>, n: usize, v: usize) -> [[S::F; VECTORS]; STATES] {
-    let mut states = [[s.zero(); VECTORS]; STATES];
-    for (j, x) in states.iter_mut().enumerate() {
-        if n + j < from.rows() {
-            let row = from.row(n + j);
-            for (w, x) in x.iter_mut().enumerate() {
-                *x = load(s, row, (v + w) * S::LANES);
+    assert_eq!(boundaries.len(), dims.boundaries_len(), "boundaries");
+    let split = Split::new(&dims);
+    let (n, d, c) = (dims.state, dims.channels, dims.chunks() * dims.state);
+    let boundaries = Rows::new(boundaries, dims.batch * c, d, d);
+    let per_channel = if R::RATES { 2 + n } else { 2 };
+    let (pair_len, channel_len) = (split.groups * dims.rows() * 2 * n, dims.batch * per_channel * d);
+    with_scratch(pair_len + channel_len, |partial| {
+        let (pairs, channel_sums) = partial.split_at_mut(pair_len);
+        let shared_pairs = RowsMut::new(pairs, split.groups * dims.rows(), 2 * n, 2 * n);
+        let shared_sums = RowsMut::new(channel_sums, dims.batch * per_channel, d, d);
+        parallel_for(dims.batch * split.groups, |task| {
+            let (b, group, channels) = split.task(&dims, task);
+            let rows = b * dims.time..(b + 1) * dims.time;
+            let first = group * dims.rows();
+            with_scratch(backward_scratch::<R>(&dims, split.width), |scratch| {
+                // SAFETY: tasks differ in the sequence or in the channels, and so in the group.
+                let out = unsafe {
+                    TaskGradients {
+                        u: g.u.shared_block(rows.clone(), channels.clone()),
+                        step: g.step.shared_block(rows.clone(), channels.clone()),
+                        gate: g.gate.as_ref().map(|x| x.shared_block(rows.clone(), channels.clone())),
+                        pairs: shared_pairs.shared_block(first + rows.start..first + rows.end, 0..2 * n),
+                        sums: shared_sums.shared_block(b * per_channel..(b + 1) * per_channel, channels.clone()),
+                    }
+                };
+                let boundaries = boundaries.slice_rows(b * c, (b + 1) * c).slice_cols(channels.start, channels.end);
+                let dy = dy.slice_rows(rows.start, rows.end).slice_cols(channels.start, channels.end);
+                let (width, recurrence) = (split.width, PhantomData::<R>);
+                let inputs = inputs.block(rows, channels);
+                dispatch(BackwardTask { recurrence, dims, width, inputs, dy, boundaries, out, scratch });
+            });
+        });
+        reduce_pair(pairs, split.groups, g.q, g.k);
+        for (field, to) in [g.bias, g.skip].into_iter().enumerate() {
+            if let Some(to) = to {
+                assert_eq!(to.len(), d, "parameter per channel");
+                reduce_batch(channel_sums, per_channel, field, to);
             }
         }
-    }
-    states
-}
-
-/// Lanes of vector `v` that belong to one of the `channels`.
-#[inline(always)]
-pub(super) fn lanes_of<S: Simd>(channels: usize, v: usize) -> usize {
-    channels.saturating_sub(v * S::LANES).min(S::LANES)
-}
-
-/// `2^x` for `x <= 127`; at least `2^-126`.
-///
-/// The scans raise `e` to negative powers `N` times per channel and row, so this one leaves out what such powers
-/// do not need (large results, subnormal ones) and takes the factor `log2 e` from its caller, who has a constant to
-/// fold it into. The relative error is below 2e-7.
-#[inline(always)]
-pub(super) fn exp2<S: Simd>(s: S, x: S::F) -> S::F {
-    // `max` returns its second argument on NaN, which then stays NaN
-    let x = s.max(s.splat(-126.0), x);
-    // the sum holds the nearest integer of x in its low bits, which the shift moves to the exponent
-    let magic = s.splat(12_582_912.0);
-    let shifted = s.add(x, magic);
-    let r = s.sub(x, s.sub(shifted, magic));
-    // relative minimax of 2^r on [-1/2, 1/2] with 2^0 = 1
-    let mut p = s.splat(1.326_472_7e-3);
-    for c in [9.671_513e-3, 5.550_733_6e-2, 0.240_222_42, 0.693_147, 1.0] {
-        p = s.fma(p, r, s.splat(c));
-    }
-    s.from_bits(s.add_i(s.bits(p), s.shl::<23>(s.bits(shifted))))
-}
-
-/// `e^-x`, between `2^-126` and `2^126`.
-#[inline(always)]
-pub(super) fn exp_neg<S: Simd>(s: S, x: S::F) -> S::F {
-    exp2(s, s.min(s.splat(126.0), s.mul(x, s.splat(-std::f32::consts::LOG2_E))))
-}
-
-/// `1 / (1 + e^-x)`
-#[inline(always)]
-pub(super) fn sigmoid<S: Simd>(s: S, x: S::F) -> S::F {
-    let one = s.splat(1.0);
-    s.div(one, s.add(one, exp_neg(s, x)))
-}
-
-/// The vector at `row[i..]`, with zeros past the end.
-#[inline(always)]
-fn load<S: Simd>(s: S, row: &[f32], i: usize) -> S::F {
-    if i + S::LANES <= row.len() {
-        s.load(&row[i..])
-    } else if i < row.len() {
-        s.load_partial(&row[i..], row.len() - i)
-    } else {
-        s.zero()
-    }
-}
-
-/// Writes the vector to `row[i..]`, up to the end.
-#[inline(always)]
-fn store<S: Simd>(s: S, row: &mut [f32], i: usize, v: S::F) {
-    if i + S::LANES <= row.len() {
-        s.store(&mut row[i..], v);
-    } else if i < row.len() {
-        let n = row.len() - i;
-        s.store_partial(&mut row[i..], n, v);
-    }
-}
-
-/// Where vector `v` of the channels has its record of `fields` vectors for row `t` of a chunk: field `f` is at
-/// the result plus `f * VECTORS * LANES`.
-#[inline(always)]
-pub(super) fn record<S: Simd>(fields: usize, t: usize, v: usize) -> usize {
-    (((v / VECTORS) * CHUNK + t) * fields * VECTORS + v % VECTORS) * S::LANES
-}
-
-/// Where state `n` of vector `v` of the channels is in a task's array of `states` per channel.
-#[inline(always)]
-pub(super) fn state_at<S: Simd>(states: usize, n: usize, v: usize) -> usize {
-    (((v / VECTORS) * states + n) * VECTORS + v % VECTORS) * S::LANES
-}
-
-/// Copies `[N, channels]` into a task's array of states, with zeros for missing states and channels.
-#[inline(always)]
-pub(super) fn pack_states<S: Simd>(s: S, from: Rows<'_>, to: &mut [f32], states: usize, width: usize) {
-    for n in 0..states {
-        let row = if n < from.rows() { from.row(n) } else { &[] };
-        for v in 0..width / S::LANES {
-            s.store(&mut to[state_at::<S>(states, n, v)..], load(s, row, v * S::LANES));
+        if let (Some(to), Some(rates)) = (g.rates, inputs.rates) {
+            assert_eq!(to.len(), d * n, "rates");
+            reduce_rates(channel_sums, rates, g.rate_scale, to);
         }
-    }
+    });
 }
 
-/// Copies a parameter of some channels to `to`, with zeros for missing channels, or all zeros.
-pub(super) fn pack_channels(from: Option<&[f32]>, to: &mut [f32]) {
-    let from = from.unwrap_or_default();
-    to[..from.len()].copy_from_slice(from);
-    to[from.len()..].fill(0.0);
-}
-
-/// The reverse of [`pack_states`].
-#[inline(always)]
-pub(super) fn unpack_states<S: Simd>(s: S, from: &[f32], mut to: RowsMut<'_>, states: usize, width: usize) {
-    for n in 0..to.rows() {
-        let row = to.row(n);
-        for v in 0..width / S::LANES {
-            store(s, row, v * S::LANES, s.load(&from[state_at::<S>(states, n, v)..]));
-        }
-    }
-}
-
-/// Copies rows of `a` and `b` side by side into `to` `[rows, 2, states]`, with zeros for missing states.
-pub(super) fn pack_pair(a: Rows<'_>, b: Rows<'_>, to: &mut [f32], states: usize) {
-    for (t, pair) in to.chunks_exact_mut(2 * states).take(a.rows()).enumerate() {
-        for (to, from) in pair.chunks_exact_mut(states).zip([a.row(t), b.row(t)]) {
-            to[..from.len()].copy_from_slice(from);
-            to[from.len()..].fill(0.0);
-        }
-    }
-}
-
-/// `rows [r] = partial[0][r] + partial[1][r] + …` for the two halves of `partial` `[groups, rows, 2 N]`.
-pub(super) fn reduce_pair(partial: &[f32], groups: usize, mut a: RowsMut<'_>, mut b: RowsMut<'_>) {
+/// `a[r]` and `b[r]` as the sums over the groups of the two halves of `partial` `[groups, rows, 2 N]`.
+fn reduce_pair(partial: &[f32], groups: usize, a: RowsMut<'_>, b: RowsMut<'_>) {
     let (rows, states) = (a.rows(), a.cols());
-    for r in 0..rows {
-        for (to, offset) in [(a.row(r), 0), (b.row(r), states)] {
-            to.fill(0.0);
-            for g in 0..groups {
-                let from = &partial[(g * rows + r) * 2 * states + offset..][..states];
-                to.iter_mut().zip(from).for_each(|(to, x)| *to += x);
+    parallel_ranges(rows, 256, |range| {
+        for r in range {
+            // SAFETY: a row belongs to one task.
+            let pair = unsafe { [a.shared_row(r), b.shared_row(r)] };
+            for (half, to) in pair.into_iter().enumerate() {
+                to.fill(0.0);
+                for g in 0..groups {
+                    let from = &partial[((g * rows + r) * 2 + half) * states..][..states];
+                    to.iter_mut().zip(from).for_each(|(to, x)| *to += x);
+                }
             }
         }
-    }
+    });
 }
 
 /// `to[d] =` the sum over the batch of `partial[b, field, d]`, for `partial` `[B, fields, D]`.
-pub(super) fn reduce_batch(partial: &[f32], fields: usize, field: usize, to: &mut [f32]) {
+fn reduce_batch(partial: &[f32], fields: usize, field: usize, to: &mut [f32]) {
     to.fill(0.0);
     for from in partial.chunks_exact((fields * to.len()).max(1)) {
         let from = &from[field * to.len()..][..to.len()];
         to.iter_mut().zip(from).for_each(|(to, x)| *to += x);
     }
+}
+
+/// `to[d, n] = scale * rates[n, d] *` the sum over the batch of `partial[b, 2 + n, d]`.
+fn reduce_rates(partial: &[f32], rates: Rows<'_>, scale: f32, to: &mut [f32]) {
+    let (n, d) = (rates.rows(), rates.cols());
+    let to = SharedSlice::new(to);
+    parallel_ranges(d, 64, |range| {
+        // SAFETY: a channel belongs to one task.
+        let to = unsafe { to.range(range.start * n..range.end * n) };
+        to.fill(0.0);
+        for sequence in partial.chunks_exact(((2 + n) * d).max(1)) {
+            for j in 0..n {
+                let from = &sequence[(2 + j) * d..][range.clone()];
+                from.iter().zip(to[j..].iter_mut().step_by(n)).for_each(|(x, to)| *to += x);
+            }
+        }
+        for j in 0..n {
+            let rates = &rates.row(j)[range.clone()];
+            rates.iter().zip(to[j..].iter_mut().step_by(n)).for_each(|(rate, to)| *to *= scale * rate);
+        }
+    });
 }

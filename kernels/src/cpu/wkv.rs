@@ -73,8 +73,11 @@ impl Decay {
 /// Sizes, from the arguments that every function has.
 fn sizes(r: &Rows<'_>, time_decay: &[f32], time_faaaa: &[f32], batch: usize) -> (usize, usize, usize) {
     let heads = time_decay.len();
-    assert!(heads > 0 && time_faaaa.len() == heads && r.cols() % heads == 0, "columns do not divide into heads");
-    assert!(batch > 0 && r.rows() % batch == 0, "rows do not divide into the batch");
+    assert!(
+        heads > 0 && time_faaaa.len() == heads && r.cols().is_multiple_of(heads),
+        "columns do not divide into heads"
+    );
+    assert!(batch > 0 && r.rows().is_multiple_of(batch), "rows do not divide into the batch");
     (r.rows() / batch, heads, r.cols() / heads)
 }
 
@@ -145,6 +148,7 @@ fn forward_head(
             Some(dense) => load_state(state, dense, n),
             None => state.fill(0.0),
         }
+        let mut ahead = Ahead::new();
         for from in (0..time).step_by(CHUNK) {
             let c = CHUNK.min(time - from);
             if let Some(kept) = boundaries.as_deref_mut()
@@ -155,21 +159,22 @@ fn forward_head(
             pack(rp, r.slice_rows(from, from + c), 1.0);
             pack(kp, k.slice_rows(from, from + c), 1.0);
             pack(vp, v.slice_rows(from, from + c), 1.0);
+            ahead.set([y.as_rows(), v, k, r], from + CHUNK..from + 2 * CHUNK);
             transpose(kt, kp, CHUNK, p);
-            product(scores, CHUNK, [CHUNK, CHUNK, n], Left::rows(rp, p), kt, CHUNK, Start::Zero);
+            product(scores, CHUNK, [CHUNK, CHUNK, n], Left::rows(rp, p), kt, CHUNK, Start::Zero, &mut ahead);
             multiply(scores, &decay.mask);
-            lower_product(yp, scores, vp, p, Start::Zero);
+            lower_product(yp, scores, vp, p, Start::Zero, &mut ahead);
             let empty = from == 0 && initial.is_none();
             if !empty {
                 scale_rows_in_place(rp, &decay.power[..CHUNK], p);
-                product(yp, p, [CHUNK, p, n], Left::rows(rp, p), state, p, Start::Accumulate);
+                product(yp, p, [CHUNK, p, n], Left::rows(rp, p), state, p, Start::Accumulate, &mut ahead);
             }
             // SAFETY: y is this task's own, and the block is not borrowed elsewhere.
             unpack(unsafe { y.shared_block(from..from + c, 0..n) }, yp, 1.0);
             if from + c < time || last.is_some() {
                 scale_rows_in_place(kp, &decay.to_the_end(c).0, p);
                 total.fill(decay.power[c]);
-                product(state, p, [n, p, c], Left::transposed(kp, p), vp, p, Start::Scale(total));
+                product(state, p, [n, p, c], Left::transposed(kp, p), vp, p, Start::Scale(total), &mut ahead);
             }
         }
         if let Some(dense) = last {
@@ -259,6 +264,7 @@ fn backward_head(
         // rows of padding that the products never write but the transposition reads
         from_state[n * CHUNK..].fill(0.0);
 
+        let mut ahead = Ahead::new();
         for span in (0..time).step_by(SPAN).rev() {
             let end = time.min(span + SPAN);
             states[..n * p].copy_from_slice(&boundaries[span / SPAN * n * p..(span / SPAN + 1) * n * p]);
@@ -269,8 +275,9 @@ fn backward_head(
                     pack(vp, v.slice_rows(from, from + CHUNK), 1.0);
                     scale_rows_in_place(kp, &decay.to_the_end(CHUNK).0, p);
                     total.fill(decay.power[CHUNK]);
-                    after.copy_from_slice(before);
-                    product(after, p, [n, p, CHUNK], Left::transposed(kp, p), vp, p, Start::Scale(total));
+                    ahead.set([k, v], from + CHUNK..from + 2 * CHUNK);
+                    let start = Start::ScaleOf(before, total);
+                    product(after, p, [n, p, CHUNK], Left::transposed(kp, p), vp, p, start, &mut ahead);
                 }
             }
             for (index, from) in (span..end).step_by(CHUNK).enumerate().rev() {
@@ -283,32 +290,34 @@ fn backward_head(
                 for (to, m) in [(&mut *kt, &*kp), (vt, vp), (dyt, dyp)] {
                     transpose(to, m, CHUNK, p);
                 }
-                product(pairs, CHUNK, [CHUNK, CHUNK, n], Left::rows(rp, p), kt, CHUNK, Start::Zero);
-                product(cross, CHUNK, [CHUNK, CHUNK, n], Left::rows(dyp, p), vt, CHUNK, Start::Zero);
+                let next = from.saturating_sub(CHUNK)..from;
+                ahead.set([dv.as_rows(), dk.as_rows(), dr.as_rows(), v, dy, k, r], next);
+                product(pairs, CHUNK, [CHUNK, CHUNK, n], Left::rows(rp, p), kt, CHUNK, Start::Zero, &mut ahead);
+                product(cross, CHUNK, [CHUNK, CHUNK, n], Left::rows(dyp, p), vt, CHUNK, Start::Zero, &mut ahead);
                 bonus += f64::from((0..CHUNK).fold(0.0, |sum, i| sum + pairs[i * 17] * cross[i * 17]));
                 slope += f64::from(dot3(pairs, cross, &decay.mask_slope));
                 multiply(pairs, &decay.mask);
                 multiply(cross, &decay.mask);
 
-                product(from_state, CHUNK, [n, CHUNK, n], Left::rows(state, p), dyt, CHUNK, Start::Zero);
+                product(from_state, CHUNK, [n, CHUNK, n], Left::rows(state, p), dyt, CHUNK, Start::Zero, &mut ahead);
                 transpose(x, from_state, p, CHUNK);
                 slope += f64::from(scale_and_dot(drp, x, rp, &decay.power, &decay.slope, p));
-                lower_product(drp, cross, kp, p, Start::Accumulate);
+                lower_product(drp, cross, kp, p, Start::Accumulate, &mut ahead);
 
                 // the state after the last chunk has no gradient
                 let start = if from + c < time {
-                    product(from_state, CHUNK, [n, CHUNK, n], Left::rows(grad, p), vt, CHUNK, Start::Zero);
+                    product(from_state, CHUNK, [n, CHUNK, n], Left::rows(grad, p), vt, CHUNK, Start::Zero, &mut ahead);
                     transpose(x, from_state, p, CHUNK);
                     slope += f64::from(scale_and_dot(dkp, x, kp, &to_end, &to_end_slope, p));
                     scale_rows_in_place(kp, &to_end, p);
-                    product(dvp, p, [CHUNK, p, n], Left::rows(kp, p), grad, p, Start::Zero);
+                    product(dvp, p, [CHUNK, p, n], Left::rows(kp, p), grad, p, Start::Zero, &mut ahead);
                     slope += f64::from(decay.slope[c] * dot(state, grad));
                     Start::Accumulate
                 } else {
                     Start::Zero
                 };
-                lower_transposed_product(dkp, cross, rp, p, start);
-                lower_transposed_product(dvp, pairs, dyp, p, start);
+                lower_transposed_product(dkp, cross, rp, p, start, &mut ahead);
+                lower_transposed_product(dvp, pairs, dyp, p, start, &mut ahead);
                 for (to, m) in [(&dr, &*drp), (&dk, dkp), (&dv, dvp)] {
                     // SAFETY: the gradients are this task's own, and the block is not borrowed elsewhere.
                     unpack(unsafe { to.shared_block(from..from + c, 0..n) }, m, 1.0);
@@ -316,7 +325,7 @@ fn backward_head(
                 if from > 0 {
                     scale_rows_in_place(rp, &decay.power[..CHUNK], p);
                     total.fill(decay.power[c]);
-                    product(grad, p, [n, p, c], Left::transposed(rp, p), dyp, p, Start::Scale(total));
+                    product(grad, p, [n, p, c], Left::transposed(rp, p), dyp, p, Start::Scale(total), &mut ahead);
                 }
             }
         }

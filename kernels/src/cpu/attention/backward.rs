@@ -5,10 +5,11 @@ use super::block::{
     BLOCK, ONES, STRIP, key_splits, pack, pack_transposed, padded, product, row_dots, split_of, sum_splits, view,
     view_mut, with_pieces,
 };
-use super::{BlockDropout, Dims, Dropout};
+use super::{BlockDropout, Dims};
 use crate::cpu::math;
 use crate::cpu::matmul::Mat;
 use crate::cpu::threads::{parallel_ranges, with_scratch};
+use crate::random::Keep;
 use crate::rows::SharedSlice;
 use crate::{Rows, RowsMut, simd_fn};
 
@@ -24,7 +25,7 @@ pub fn backward(
     q: Rows<'_>,
     k: Rows<'_>,
     v: Rows<'_>,
-    dropout: Option<Dropout>,
+    dropout: Option<Keep>,
     out: Rows<'_>,
     lse: &[f32],
     dout: Rows<'_>,
@@ -93,7 +94,7 @@ struct Pair<'a> {
     dout: Rows<'a>,
     lse: &'a [f32],
     scale: f32,
-    dropout: Option<Dropout>,
+    dropout: Option<Keep>,
     first_row: usize,
 }
 
@@ -179,7 +180,7 @@ simd_fn! {
             let rows = dropout.map(|d| d.rows(s, lane));
             for j in 0..keys {
                 let (p, ds) = (&mut p[j * BLOCK + lane..], &mut ds[j * BLOCK + lane..]);
-                let mut e = math::exp(s, s.sub(s.load(p), lse));
+                let mut e = math::exp_nonpositive(s, s.sub(s.load(p), lse));
                 if on_diagonal && j > lane {
                     e = s.select(s.lt(query, s.splat(j as f32)), s.zero(), e);
                 }

@@ -83,7 +83,7 @@ simd_fn! {
         let mut denominator = s.zero();
         p[k.rows()..].fill(f32::NEG_INFINITY);
         for p in p.chunks_exact_mut(S::LANES) {
-            let e = math::exp(s, s.sub(s.load(p), s.splat(max)));
+            let e = math::exp_nonpositive(s, s.sub(s.load(p), s.splat(max)));
             denominator = s.add(denominator, e);
             s.store(p, e);
         }

@@ -3,10 +3,11 @@
 use super::block::{
     BLOCK, ONES, STRIP, pack, pack_transposed, padded, product, scale_rows, strips, view, view_mut, with_pieces,
 };
-use super::{BlockDropout, Dims, Dropout};
+use super::{BlockDropout, Dims};
 use crate::cpu::math;
 use crate::cpu::matmul::Mat;
 use crate::cpu::threads::parallel_ranges;
+use crate::random::Keep;
 use crate::rows::SharedSlice;
 use crate::{Rows, RowsMut, simd_fn};
 
@@ -14,12 +15,15 @@ use crate::{Rows, RowsMut, simd_fn};
 ///
 /// `q`, `k`, `v`, `out` are `[batch * time, heads * head_dim]`; `lse` `[batch, heads, time]` receives the logarithm of
 /// each softmax denominator, which [`backward`](super::backward) needs.
+///
+/// Dropout acts on the probabilities, after the softmax: probability `(b, h, i, j)` is multiplied by
+/// `dropout.at(((b * heads + h) * time + i) << 32 | j)`. The backward pass makes the same mask again.
 pub fn forward(
     dims: Dims,
     q: Rows<'_>,
     k: Rows<'_>,
     v: Rows<'_>,
-    dropout: Option<Dropout>,
+    dropout: Option<Keep>,
     out: RowsMut<'_>,
     lse: &mut [f32],
 ) {
@@ -131,20 +135,20 @@ simd_fn! {
             for j in 0..keys {
                 new = s.max(new, masked(j, s.load(&p[j * BLOCK + lane..])));
             }
-            let change = math::exp(s, s.sub(old, new));
+            let change = math::exp_nonpositive(s, s.sub(old, new));
             let mut sum = s.mul(change, s.load(&denominator[lane..]));
             if let Some(dropout) = dropout {
                 let rows = dropout.rows(s, lane);
                 for j in 0..keys {
                     let x = &mut p[j * BLOCK + lane..];
-                    let e = math::exp(s, s.sub(masked(j, s.load(x)), new));
+                    let e = math::exp_nonpositive(s, s.sub(masked(j, s.load(x)), new));
                     sum = s.add(sum, e);
                     s.store(x, s.mul(e, dropout.factor(s, rows, first_key + j)));
                 }
             } else {
                 for j in 0..keys {
                     let x = &mut p[j * BLOCK + lane..];
-                    let e = math::exp(s, s.sub(masked(j, s.load(x)), new));
+                    let e = math::exp_nonpositive(s, s.sub(masked(j, s.load(x)), new));
                     sum = s.add(sum, e);
                     s.store(x, e);
                 }

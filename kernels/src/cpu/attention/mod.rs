@@ -6,7 +6,7 @@
 //!
 //! Blocks are 64 × 64, so that scores, a block of keys and a block of queries lie in the first two cache levels. A
 //! pair of blocks costs two products forward and five backward; the vector work between them (exponential, masks,
-//! dropout) is about a tenth of that. [`block`] says how the products are laid out.
+//! dropout) is about a tenth of that. `block.rs` says how the products are laid out.
 
 pub(in crate::cpu) mod block;
 
@@ -19,6 +19,7 @@ pub use decode::decode;
 pub use forward::forward;
 
 use crate::cpu::simd::Simd;
+use crate::random::{Keep, key_at};
 
 /// Sizes of attention. Activations are `[batch * time, heads * head_dim]`; head `h` has the columns
 /// `h * head_dim..(h + 1) * head_dim`.
@@ -52,60 +53,40 @@ impl Dims {
     }
 }
 
-/// Dropout of attention probabilities, after the softmax: each is 0 with probability `p`, else divided by `1 - p`.
-/// The mask is a function of the key and the place, so the backward pass makes the same one again.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Dropout {
-    /// Probability of 0, in `0..1`.
-    pub p: f32,
-    /// Chooses the mask; another one for every layer and step.
-    pub key: [u32; 2],
-}
-
-/// A [`Dropout`] for one block of queries.
-///
-/// Probability `(b, h, i, j)` has the 64-bit counter `((b * heads + h) * time + i) << 32 | j`. Its random number is a
-/// hash of three rounds ("triple32" of C. Wellons), of which the first depends on the column alone and is scalar.
+/// The dropout mask for one block of queries: [`Keep::at`] the counter `row << 32 | column`, where `row` is
+/// `(b * heads + h) * time + i`.
 #[derive(Clone, Copy)]
 struct BlockDropout {
-    key: [u32; 2],
-    threshold: f32,
-    scale: f32,
+    keep: Keep,
     first_row: u32,
 }
 
-const GOLDEN: u32 = 0x9e37_79b9;
-const MIX: [u32; 3] = [0xed5a_d4bb, 0xac4c_1b51, 0x3184_8bab];
-
 impl BlockDropout {
-    /// `first_row` counts the score rows of all sequences and heads.
-    fn new(dropout: Dropout, first_row: usize) -> Self {
-        assert!((0.0..1.0).contains(&dropout.p), "dropout probability {} is not in [0, 1)", dropout.p);
-        Self {
-            key: dropout.key,
-            threshold: (dropout.p * (1 << 24) as f32).round(),
-            scale: 1.0 / (1.0 - dropout.p),
-            first_row: first_row as u32,
-        }
+    fn new(keep: Keep, first_row: usize) -> Self {
+        Self { keep, first_row: first_row as u32 }
     }
 
-    /// The keys of the rows from `lane` of the block on, for [`Self::factor`].
+    /// The second half of [`random::key_at`](crate::random::key_at) for the rows from `lane` of the block on.
     #[inline(always)]
     fn rows<S: Simd>(&self, s: S, lane: usize) -> S::I {
-        let row = s.add_i(s.iota(), s.splat_i(self.first_row.wrapping_add(lane as u32) as i32));
-        s.add_i(s.mul_i(row, s.splat_i(GOLDEN as i32)), s.splat_i(self.key[1] as i32))
+        let step = key_at([0, 0], 1)[1];
+        let first = key_at(self.keep.key, self.first_row.wrapping_add(lane as u32))[1];
+        s.add_i(s.mul_i(s.iota(), s.splat_i(step as i32)), s.splat_i(first as i32))
     }
 
     /// What to multiply the probabilities of a column with: 0 or `1 / (1 - p)`.
+    ///
+    /// This is [`random::bits`](crate::random::bits), of which the first round depends on the column alone.
     #[inline(always)]
     fn factor<S: Simd>(&self, s: S, rows: S::I, column: usize) -> S::F {
-        let x = (column as u32).wrapping_add(self.key[0]);
-        let x = (x ^ (x >> 17)).wrapping_mul(MIX[0]);
+        let [first, second, third] = Keep::MIX;
+        let x = (column as u32).wrapping_add(self.keep.key[0]);
+        let x = (x ^ (x >> 17)).wrapping_mul(first);
         let x = s.add_i(s.splat_i((x ^ (x >> 11)) as i32), rows);
-        let x = s.mul_i(x, s.splat_i(MIX[1] as i32));
-        let x = s.mul_i(s.xor_i(x, s.shr::<15>(x)), s.splat_i(MIX[2] as i32));
+        let x = s.mul_i(x, s.splat_i(second as i32));
+        let x = s.mul_i(s.xor_i(x, s.shr::<15>(x)), s.splat_i(third as i32));
         let x = s.xor_i(x, s.shr::<14>(x));
-        let dropped = s.lt(s.to_float(s.shr::<8>(x)), s.splat(self.threshold));
-        s.select(dropped, s.zero(), s.splat(self.scale))
+        let dropped = s.lt(s.to_float(s.shr::<8>(x)), s.splat((self.keep.threshold >> 8) as f32));
+        s.select(dropped, s.zero(), s.splat(self.keep.scale))
     }
 }

@@ -8,6 +8,9 @@
 //! [`dot`] is for a few rows against rows that lie along `k` (matrix-vector products, decoding): nothing is
 //! packed, so every element of the large operand is read once, in order.
 
+// an index that is plainly a constant keeps an accumulator in its register; iterators do not promise that
+#![allow(clippy::needless_range_loop)]
+
 use crate::cpu::simd::{Portable, Simd};
 
 #[cfg(target_arch = "x86_64")]
@@ -20,6 +23,16 @@ pub(super) enum Start {
     Accumulate,
     /// The bias at the tile's first column.
     Bias(*const f32),
+}
+
+impl Start {
+    /// The start of a tile some columns further.
+    pub fn skip(self, columns: usize) -> Self {
+        match self {
+            Start::Bias(p) => Start::Bias(p.wrapping_add(columns)),
+            other => other,
+        }
+    }
 }
 
 /// One tile of the result, `[rows, cols]` with `cols` at most the vectors of the tile.
@@ -39,7 +52,7 @@ pub(super) struct Tile {
     pub start: Start,
 }
 
-/// Dot products of rows along `k`: `c(x, y) = start + sum_k x(k) y(k)` for a few rows x and [`DOT_ROWS`] or
+/// Dot products of rows along `k`: `c(x, y) = start + sum_k x(k) y(k)` for a few rows x and [`DOT_Y`] or
 /// fewer rows y.
 #[derive(Clone, Copy)]
 pub(super) struct Dot {
@@ -105,6 +118,12 @@ pub(super) trait Kernel: Simd {
         to: *mut f32,
         to_step: usize,
     );
+
+    /// Adds `rows` rows of `cols <= LANES` elements, which are `LANES` apart, to `start` and stores them.
+    ///
+    /// # Safety
+    /// `from` must be valid for whole vectors and `to` for the elements.
+    unsafe fn add_rows(self, from: *const f32, rows: usize, cols: usize, to: *mut f32, to_step: usize, start: Start);
 
     /// Copies `rows` rows of `cols <= NR` elements as rows of `width` (whole vectors), zero past `cols`.
     ///
@@ -209,43 +228,57 @@ unsafe fn tile<S: Simd, const R: usize, const V: usize, const ALONG_K: bool>(s: 
     }
 }
 
+/// The lanes of a dot product of `k` elements, in four chains of FMA.
+#[inline(always)]
+unsafe fn long_dot<S: Simd>(s: S, x: *const f32, y: *const f32, k: usize) -> S::F {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut acc = [s.zero(); 4];
+        let mut at = 0;
+        while at + 4 * S::LANES <= k {
+            for (i, acc) in acc.iter_mut().enumerate() {
+                let at = at + i * S::LANES;
+                *acc = s.fma(s.load_ptr(x.add(at)), s.load_ptr(y.add(at)), *acc);
+            }
+            at += 4 * S::LANES;
+        }
+        while at < k {
+            let n = (k - at).min(S::LANES);
+            let ([x], [y]) = (load::<S, 1>(s, x.add(at), n), load::<S, 1>(s, y.add(at), n));
+            acc[0] = s.fma(x, y, acc[0]);
+            at += n;
+        }
+        s.add(s.add(acc[0], acc[1]), s.add(acc[2], acc[3]))
+    }
+}
+
 /// See [`Dot`].
 #[inline(always)]
 unsafe fn dot<S: Simd, const X: usize, const Y: usize>(s: S, d: &Dot) {
     // SAFETY: the caller promises that rows and result are valid.
     unsafe {
-        // two sums per product, so that a single pair of rows does not wait for one chain of FMA
-        let mut acc = [[[s.zero(); 2]; Y]; X];
-        let mut k = 0;
-        while k + 2 * S::LANES <= d.k {
-            for half in 0..2 {
-                let at = k + half * S::LANES;
+        let mut acc = [[s.zero(); Y]; X];
+        if X == 1 && d.k >= 16 * S::LANES {
+            // one row after the other, in the order of memory: that is how it comes fastest
+            for j in 0..Y {
+                acc[0][j] = long_dot(s, d.x, d.y.add(j * d.y_step), d.k);
+            }
+        } else {
+            let mut k = 0;
+            while k < d.k {
+                let n = (d.k - k).min(S::LANES);
                 let mut x = [s.zero(); X];
                 for i in 0..X {
-                    x[i] = s.load_ptr(d.x.add(i * d.x_step + at));
+                    [x[i]] = load::<S, 1>(s, d.x.add(i * d.x_step + k), n);
                 }
                 for j in 0..Y {
-                    let y = s.load_ptr(d.y.add(j * d.y_step + at));
+                    let [y] = load::<S, 1>(s, d.y.add(j * d.y_step + k), n);
                     for i in 0..X {
-                        acc[i][j][half] = s.fma(x[i], y, acc[i][j][half]);
+                        acc[i][j] = s.fma(x[i], y, acc[i][j]);
                     }
                 }
+                k += n;
             }
-            k += 2 * S::LANES;
-        }
-        while k < d.k {
-            let n = (d.k - k).min(S::LANES);
-            let mut x = [s.zero(); X];
-            for i in 0..X {
-                x[i] = partial(s, d.x.add(i * d.x_step + k), n);
-            }
-            for j in 0..Y {
-                let y = partial(s, d.y.add(j * d.y_step + k), n);
-                for i in 0..X {
-                    acc[i][j][0] = s.fma(x[i], y, acc[i][j][0]);
-                }
-            }
-            k += n;
         }
         for i in 0..X {
             for j in 0..Y {
@@ -255,7 +288,7 @@ unsafe fn dot<S: Simd, const X: usize, const Y: usize>(s: S, d: &Dot) {
                     Start::Accumulate => *c,
                     Start::Bias(p) => *p.add(i * d.bias_steps.0 + j * d.bias_steps.1),
                 };
-                *c = start + s.sum(s.add(acc[i][j][0], acc[i][j][1]));
+                *c = start + s.sum(acc[i][j]);
             }
         }
     }
@@ -292,6 +325,31 @@ unsafe fn copy<S: Simd>(
                     c += S::LANES;
                 }
             }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn add_rows<S: Simd>(
+    s: S,
+    from: *const f32,
+    rows: usize,
+    cols: usize,
+    to: *mut f32,
+    to_step: usize,
+    start: Start,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let bias = match start {
+            Start::Bias(p) => partial(s, p, cols),
+            _ => s.zero(),
+        };
+        for r in 0..rows {
+            let c = to.add(r * to_step);
+            let start = if matches!(start, Start::Accumulate) { partial(s, c, cols) } else { bias };
+            let sum = s.add(start, s.load_ptr(from.add(r * S::LANES)));
+            s.store_partial(std::slice::from_raw_parts_mut(c, cols), cols, sum);
         }
     }
 }
@@ -358,6 +416,22 @@ macro_rules! kernel {
                     => $transpose(s, from, from_step, rows, cols, to, to_step));
                 // SAFETY: as above.
                 unsafe { transpose_fn(self, from, from_step, rows, cols, to, to_step) }
+            }
+
+            unsafe fn add_rows(
+                self,
+                from: *const f32,
+                rows: usize,
+                cols: usize,
+                to: *mut f32,
+                to_step: usize,
+                start: Start,
+            ) {
+                kernel!(@fn $features add_fn<>
+                    (s: $level, from: *const f32, rows: usize, cols: usize, to: *mut f32, to_step: usize, start: Start)
+                    => add_rows(s, from, rows, cols, to, to_step, start));
+                // SAFETY: as above.
+                unsafe { add_fn(self, from, rows, cols, to, to_step, start) }
             }
 
             unsafe fn copy(

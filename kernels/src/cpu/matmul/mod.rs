@@ -1,4 +1,10 @@
-//! Matrix products.
+//! Matrix products of `f32`, near the peak of the machine.
+//!
+//! The organisation is that of BLIS (Van Zee and van de Geijn 2015, <https://doi.org/10.1145/2764454>): register
+//! tiles (`kernel.rs`) over packed panels, blocks for each cache (`product.rs`). How a product is split depends on
+//! its sizes and never on the number of threads, and every element is summed by one task in the order of `k`, so
+//! results are the same bit for bit on any number of threads. Memory is fastest where rows start at multiples of
+//! 64 bytes, but need not.
 
 mod kernel;
 mod product;
@@ -83,6 +89,7 @@ fn run(mut c: RowsMut<'_>, a: Mat<'_>, b: Mat<'_>, init: Init<'_>, parallel: boo
         b: b.operand(),
         c: c.as_mut_ptr(),
         c_step: c.stride(),
+        across: false,
         start: match init {
             Init::Zero => kernel::Start::Zero,
             Init::Accumulate => kernel::Start::Accumulate,

@@ -1,4 +1,19 @@
 //! Blocking, packing and the split into tasks.
+//!
+//! A product takes one of these routes, by its sizes alone:
+//!
+//! * at most [`DOT_MOST`] rows or columns, both operands along `k`: dot products, nothing is packed ([`Product::dots`]);
+//! * one row, b along its columns: a sum of rows of b ([`Product::wide`]);
+//! * at most [`MC_PANELS`] panels of rows: tasks own ranges of columns and pack their own panels of b, if at all;
+//! * otherwise a chunk of b is packed by all threads, then used by all tasks, which own tiles of the result.
+//!
+//! b is packed into panels as wide as a register tile, because its vectors are read once per tile of rows. a is
+//! only broadcast, which works in place in either orientation, so it is packed only where its elements are used
+//! often enough to pay. `k` is cut so that a panel of a stays in the first cache while a row of tiles is computed.
+//! Where the result has columns for half a vector (24, 65, ..), its transpose may be cheaper and is stored across.
+//!
+//! For a second element type: give [`Kernel`] its tile and its packing, and the panels their element size; the
+//! routes and blocks stay.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -30,6 +45,8 @@ pub(super) struct Product {
     pub b: Operand,
     pub c: *mut f32,
     pub c_step: usize,
+    /// Whether `c` holds the transpose: element `(i, j)` at `c + i + j * c_step`, one bias per row.
+    pub across: bool,
     pub start: Start,
     pub parallel: bool,
 }
@@ -40,21 +57,28 @@ unsafe impl Send for Product {}
 unsafe impl Sync for Product {}
 
 /// Most steps of `k` in one pass over the packed panels.
-const KC: usize = 256;
+const KC: usize = 384;
 /// Most panels of a in a task.
-const MC_PANELS: usize = 8;
+const MC_PANELS: usize = 16;
 /// Most columns of the result in a task.
 const NC: usize = 1024;
 /// Elements of b that are packed at once for all tasks.
 const CHUNK: usize = 1 << 20;
+/// As [`CHUNK`], by a task for itself: they stay in its second-level cache.
+const OWN_CHUNK: usize = 1 << 17;
 /// Elements that are packed on the stack.
 const ON_STACK: usize = 8192;
 /// Multiplications that are worth a task.
 const TASK: usize = 1 << 20;
+/// Most rows (or columns) of the result that are computed as dot products.
+const DOT_MOST: usize = 8;
 /// b is read where it lies, if it lies along the columns, up to this many rows of the result.
 const PACK_B_ROWS: usize = 48;
 /// a is read where it lies up to this many columns of the result.
 const PACK_A_COLS: usize = 128;
+
+/// Rows that are packed at a time where an operand lies across `k`.
+const PACK_ROWS: usize = 16;
 
 #[repr(align(64))]
 struct Stack([MaybeUninit<f32>; ON_STACK]);
@@ -101,31 +125,95 @@ impl Product {
     /// # Safety
     /// The operands must be valid for reads and the result for writes.
     pub unsafe fn run<K: Kernel>(mut self, s: K) {
-        if self.m == 0 || self.n == 0 {
+        let (m, n, k) = (self.m, self.n, self.k);
+        if m == 0 || n == 0 {
             return;
         }
+        self.parallel &= m * n * k >= 2 * TASK;
+        let (a_along_k, b_along_k) = (self.a.col == 1, self.b.row == 1);
         // SAFETY: the caller's promise.
         unsafe {
-            let (a_rows, b_rows) = (self.a.col == 1 || self.k == 1, self.b.row == 1 || self.k == 1);
-            if a_rows && b_rows && self.m.min(self.n) <= DOT_X {
+            if a_along_k && n == 1 && !b_along_k {
+                // a column of a wider matrix
+                return with_scratch(k, |row| {
+                    (0..k).for_each(|l| row[l] = *self.b.at(l, 0));
+                    Product { b: Operand { ptr: row.as_ptr(), row: 1, col: 1 }, ..self }.dots(s)
+                });
+            }
+            if b_along_k && m == 1 && !a_along_k {
+                return with_scratch(k, |row| {
+                    (0..k).for_each(|l| row[l] = *self.a.at(0, l));
+                    Product { a: Operand { ptr: row.as_ptr(), row: 1, col: 1 }, ..self }.dots(s)
+                });
+            }
+            if a_along_k && b_along_k && m.min(n) <= DOT_MOST {
                 return self.dots(s);
             }
-            if self.m == 1 && self.b.col == 1 {
+            if m == 1 && self.b.col == 1 {
                 return self.wide(s);
             }
-            self.parallel &= self.m * self.n * self.k >= 2 * TASK;
-            let panels = self.n.div_ceil(K::NR);
-            if self.m <= PACK_B_ROWS && self.b.col == 1 && !self.parallel {
-                return self.columns_in_place(s);
+            if n == 1 && self.a.row == 1 && self.c_step == 1 && !matches!(self.start, Start::Bias(_)) {
+                return Product { across: false, ..self.transposed() }.wide(s);
             }
-            let nc = self.n.min((CHUNK / self.k.max(1)).max(512)).next_multiple_of(K::NR);
-            let kc = self.k.min((CHUNK / nc).next_multiple_of(KC));
-            let len = nc.min(panels * K::NR) * kc;
-            if len <= ON_STACK {
+            if self.transpose_pays::<K>() {
+                self = self.transposed();
+            }
+            if self.m <= MC_PANELS * K::MR {
+                // nobody else would use a task's panels of b: the tasks pack their own
+                let wanted = (m * n * k / TASK).clamp(1, 48);
+                let width = self.n.div_ceil(wanted).next_multiple_of(K::NR).clamp(2 * K::NR, 512);
+                for_each(self.parallel, self.n.div_ceil(width), |task| {
+                    let part = self.columns(piece(task, width, self.n));
+                    if part.m <= PACK_B_ROWS && part.b.col == 1 {
+                        part.in_place(s);
+                    } else {
+                        part.packed(s, OWN_CHUNK);
+                    }
+                });
+            } else {
+                self.packed(s, CHUNK);
+            }
+        }
+    }
+
+    /// `c^T = start + b^T a^T`
+    fn transposed(self) -> Self {
+        let transpose = |x: Operand| Operand { ptr: x.ptr, row: x.col, col: x.row };
+        Self { m: self.n, n: self.m, a: transpose(self.b), b: transpose(self.a), across: !self.across, ..self }
+    }
+
+    /// Whether the columns of the result fill vectors so badly that its transpose is cheaper.
+    fn transpose_pays<K: Kernel>(&self) -> bool {
+        let lanes = |x: usize| x.next_multiple_of(K::LANES);
+        // packing a along k costs as much as eight multiplications per element
+        let packing = if self.a.col == 1 { K::LANES / 2 } else { 1 };
+        self.k >= 64 && self.n * lanes(self.m) + packing * self.m < self.m * lanes(self.n)
+    }
+
+    /// Some columns, on this thread.
+    fn columns(&self, columns: Range<usize>) -> Self {
+        let j = columns.start;
+        Self {
+            n: columns.len(),
+            b: Operand { ptr: self.b.at(0, j), ..self.b },
+            c: self.c.wrapping_add(if self.across { j * self.c_step } else { j }),
+            start: if self.across { self.start } else { self.start.skip(j) },
+            parallel: false,
+            ..*self
+        }
+    }
+
+    /// Packs b in chunks of about `chunk` elements.
+    unsafe fn packed<K: Kernel>(&self, s: K, chunk: usize) {
+        let nc = self.n.min((chunk / self.k.max(1)).max(512)).next_multiple_of(K::NR);
+        let kc = self.k.min((chunk / nc).next_multiple_of(KC));
+        // SAFETY: the caller's promise.
+        unsafe {
+            if nc * kc <= ON_STACK {
                 let mut stack = Stack([MaybeUninit::uninit(); ON_STACK]);
                 self.chunks(s, nc, kc, stack.0.as_mut_ptr().cast());
             } else {
-                with_aligned(len, |p| self.chunks(s, nc, kc, p));
+                with_aligned(nc * kc, |p| self.chunks(s, nc, kc, p));
             }
         }
     }
@@ -155,26 +243,34 @@ impl Product {
 
     unsafe fn pack_b<K: Kernel>(&self, s: K, to: Panels, k: Range<usize>, columns: Range<usize>) {
         let panels = columns.len().div_ceil(K::NR);
-        let per_task = (TASK / 32 / (K::NR * k.len()).max(1)).clamp(1, panels);
-        for_each(self.parallel, panels.div_ceil(per_task), |task| {
-            for p in piece(task, per_task, panels) {
-                let j = columns.start + p * K::NR;
-                let width = (columns.end - j).min(K::NR);
-                // SAFETY: each panel is written by one task.
-                unsafe {
-                    let to = to.skip(p, 0).ptr;
-                    let whole = width.next_multiple_of(K::LANES);
-                    if self.b.col == 1 {
-                        s.copy(self.b.at(k.start, j), self.b.row, k.len(), width, to, K::NR, whole);
-                    } else {
-                        for v in (0..whole).step_by(K::LANES) {
-                            let rows = (width - v).min(K::LANES);
-                            s.transpose(self.b.at(k.start, j + v), self.b.col, rows, k.len(), to.add(v), K::NR);
-                        }
+        let width = |p: usize| (columns.len() - p * K::NR).min(K::NR);
+        if self.b.col == 1 {
+            // a few rows at a time, so that they are read along the row and stay on few pages
+            let per_task = (TASK / 32 / columns.len()).max(1).next_multiple_of(PACK_ROWS);
+            for_each(self.parallel, k.len().div_ceil(per_task), |task| {
+                for d in piece(task, per_task, k.len()).step_by(PACK_ROWS) {
+                    let rows = (k.len().min((task + 1) * per_task) - d).min(PACK_ROWS);
+                    for p in 0..panels {
+                        let from = self.b.at(k.start + d, columns.start + p * K::NR);
+                        let whole = width(p).next_multiple_of(K::LANES);
+                        // SAFETY: each row of a panel is written by one task.
+                        unsafe { s.copy(from, self.b.row, rows, width(p), to.skip(p, d).ptr, K::NR, whole) };
                     }
                 }
-            }
-        });
+            });
+        } else {
+            let per_task = (TASK / 32 / (K::NR * k.len()).max(1)).clamp(1, panels);
+            for_each(self.parallel, panels.div_ceil(per_task), |task| {
+                for p in piece(task, per_task, panels) {
+                    for v in (0..width(p)).step_by(K::LANES) {
+                        let from = self.b.at(k.start, columns.start + p * K::NR + v);
+                        let rows = (width(p) - v).min(K::LANES);
+                        // SAFETY: each panel is written by one task.
+                        unsafe { s.transpose(from, self.b.col, rows, k.len(), to.skip(p, 0).ptr.add(v), K::NR) };
+                    }
+                }
+            });
+        }
     }
 
     /// The tasks of one chunk of b.
@@ -217,8 +313,9 @@ impl Product {
                 // SAFETY: the buffer holds the rows of a to this depth.
                 unsafe {
                     let a = if packed {
-                        self.pack_a(s, buffer, first..first + depth.len(), rows.clone());
-                        PanelsOfA { ptr: buffer, panel: K::MR * depth.len(), step: K::MR, along_k: false }
+                        let panel = K::MR * depth.len() + K::LANES;
+                        self.pack_a(s, buffer, panel, first..first + depth.len(), rows.clone());
+                        PanelsOfA { ptr: buffer, panel, step: K::MR, along_k: false }
                     } else {
                         self.a_in_place::<K>(rows.start, first)
                     };
@@ -227,8 +324,7 @@ impl Product {
             }
         };
         if packed {
-            // the transpose writes whole vectors, which may reach past the last panel
-            with_aligned(rows.len().next_multiple_of(K::MR) * kc + K::LANES, body)
+            with_aligned(rows.len().div_ceil(K::MR) * (K::MR * kc + K::LANES), body)
         } else {
             body(std::ptr::null_mut())
         }
@@ -244,19 +340,24 @@ impl Product {
         }
     }
 
-    unsafe fn pack_a<K: Kernel>(&self, s: K, to: *mut f32, k: Range<usize>, rows: Range<usize>) {
-        for (p, i) in rows.clone().step_by(K::MR).enumerate() {
-            let height = (rows.end - i).min(K::MR);
-            // SAFETY: writes a panel, and what it spills past the end is written again by the next.
-            unsafe {
-                let to = to.add(p * K::MR * k.len());
-                if self.a.row == 1 && self.a.col != 1 {
-                    let whole = height.next_multiple_of(K::LANES);
-                    s.copy(self.a.at(i, k.start), self.a.col, k.len(), height, to, K::MR, whole);
-                } else {
-                    for v in (0..height).step_by(K::LANES) {
-                        let height = (height - v).min(K::LANES);
-                        s.transpose(self.a.at(i + v, k.start), self.a.row, height, k.len(), to.add(v), K::MR);
+    /// Packs panels that are `panel` apart. Writes whole vectors, so each needs a vector of room after it.
+    unsafe fn pack_a<K: Kernel>(&self, s: K, to: *mut f32, panel: usize, k: Range<usize>, rows: Range<usize>) {
+        let along_k = self.a.col == 1;
+        let step = if along_k { k.len().max(1) } else { PACK_ROWS };
+        for d in (0..k.len()).step_by(step) {
+            let depth = (k.len() - d).min(step);
+            for (p, i) in rows.clone().step_by(K::MR).enumerate() {
+                let height = (rows.end - i).min(K::MR);
+                // SAFETY: what a row spills past its end is written again by the next, or room.
+                unsafe {
+                    let (from, to) = (self.a.at(i, k.start + d), to.add(p * panel + d * K::MR));
+                    if along_k {
+                        for v in (0..height).step_by(K::LANES) {
+                            let rows = (height - v).min(K::LANES);
+                            s.transpose(from.add(v * self.a.row), self.a.row, rows, depth, to.add(v), K::MR);
+                        }
+                    } else {
+                        s.copy(from, self.a.col, depth, height, to, K::MR, height.next_multiple_of(K::LANES));
                     }
                 }
             }
@@ -275,32 +376,35 @@ impl Product {
         columns: Range<usize>,
         start: Start,
     ) {
-        for (q, j) in columns.clone().step_by(K::NR).enumerate() {
-            let cols = (columns.end - j).min(K::NR);
-            let start = match start {
-                Start::Bias(p) => Start::Bias(p.wrapping_add(j)),
-                other => other,
-            };
-            for (p, i) in rows.clone().step_by(K::MR).enumerate() {
+        // along the rows of the result: they are read and written in order
+        for (p, i) in rows.clone().step_by(K::MR).enumerate() {
+            let height = (rows.end - i).min(K::MR);
+            for (q, j) in columns.clone().step_by(K::NR).enumerate() {
                 let tile = Tile {
                     a: a.ptr.wrapping_add(p * a.panel),
                     a_step: a.step,
                     b: b.ptr.wrapping_add(q * b.panel),
                     b_step: b.step,
                     k,
-                    c: self.c.wrapping_add(i * self.c_step + j),
+                    c: self.c.wrapping_add(if self.across { j * self.c_step + i } else { i * self.c_step + j }),
                     c_step: self.c_step,
-                    cols,
-                    start,
+                    cols: (columns.end - j).min(K::NR),
+                    start: start.skip(if self.across { i } else { j }),
                 };
                 // SAFETY: the caller's promise.
-                unsafe { s.tile((rows.end - i).min(K::MR), a.along_k, &tile) }
+                unsafe {
+                    if self.across {
+                        tile_across(s, height, a.along_k, &tile);
+                    } else {
+                        s.tile(height, a.along_k, &tile);
+                    }
+                }
             }
         }
     }
 
     /// A product of few rows or small sizes, with b read where it lies; only its last columns are packed.
-    unsafe fn columns_in_place<K: Kernel>(&self, s: K) {
+    unsafe fn in_place<K: Kernel>(&self, s: K) {
         let whole = self.n / K::LANES * K::LANES;
         let pieces = self.k.div_ceil(2 * KC).max(1);
         let kc = self.k.div_ceil(pieces).next_multiple_of(4);
@@ -342,28 +446,16 @@ impl Product {
                     c: self.c.wrapping_add(j),
                     c_step: 0,
                     cols: (columns.end - j).min(width),
-                    start: match self.start {
-                        Start::Bias(p) => Start::Bias(p.wrapping_add(j)),
-                        other => other,
-                    },
+                    start: self.start.skip(j),
                 };
                 // SAFETY: all these columns exist.
                 unsafe { s.wide_tile(&tile) };
                 j += width;
             }
             if whole < self.n && columns.end == whole {
-                let rest = Product {
-                    n: self.n - whole,
-                    b: Operand { ptr: self.b.at(0, whole), ..self.b },
-                    c: self.c.wrapping_add(whole),
-                    start: match self.start {
-                        Start::Bias(p) => Start::Bias(p.wrapping_add(whole)),
-                        other => other,
-                    },
-                    ..*self
-                };
+                let rest = self.columns(whole..self.n);
                 // SAFETY: the last columns of a valid product.
-                unsafe { rest.columns_in_place(s) };
+                unsafe { rest.in_place(s) };
             }
         });
     }
@@ -379,24 +471,37 @@ impl Product {
             let (a, b) = ((self.a.ptr, self.a.row), (self.b.ptr, self.b.col));
             let (x, y) = if swap { (b, a) } else { (a, b) };
             for j in piece(task, per_task, ys).step_by(DOT_Y) {
-                let dot = Dot {
-                    x: x.0,
-                    x_step: x.1,
-                    y: y.0.wrapping_add(j * y.1),
-                    y_step: y.1,
-                    k: self.k,
-                    c: self.c.wrapping_add(j * c_steps.1),
-                    c_steps,
-                    start: match self.start {
-                        Start::Bias(p) => Start::Bias(p.wrapping_add(j * bias_steps.1)),
-                        other => other,
-                    },
-                    bias_steps,
-                };
-                // SAFETY: the rows exist, and each product is computed by one task.
-                unsafe { s.dot(xs, (ys - j).min(DOT_Y), &dot) }
+                for i in (0..xs).step_by(DOT_X) {
+                    let dot = Dot {
+                        x: x.0.wrapping_add(i * x.1),
+                        x_step: x.1,
+                        y: y.0.wrapping_add(j * y.1),
+                        y_step: y.1,
+                        k: self.k,
+                        c: self.c.wrapping_add(i * c_steps.0 + j * c_steps.1),
+                        c_steps,
+                        start: self.start.skip(i * bias_steps.0 + j * bias_steps.1),
+                        bias_steps,
+                    };
+                    // SAFETY: the rows exist, and each product is computed by one task.
+                    unsafe { s.dot((xs - i).min(DOT_X), (ys - j).min(DOT_Y), &dot) }
+                }
             }
         });
+    }
+}
+
+/// A tile whose result is stored transposed.
+unsafe fn tile_across<K: Kernel>(s: K, rows: usize, along_k: bool, t: &Tile) {
+    const { assert!(K::MR <= K::LANES && K::MR * K::NR <= ON_STACK / 2 && K::LANES * K::NR <= ON_STACK / 2) };
+    let mut stack = Stack([MaybeUninit::uninit(); ON_STACK]);
+    let tile = stack.0.as_mut_ptr().cast::<f32>();
+    let columns = tile.wrapping_add(ON_STACK / 2);
+    // SAFETY: the caller's promise; both buffers hold a tile.
+    unsafe {
+        s.tile(rows, along_k, &Tile { c: tile, c_step: K::NR, start: Start::Zero, ..*t });
+        s.transpose(tile, K::NR, rows, t.cols, columns, K::LANES);
+        s.add_rows(columns, t.cols, rows, t.c, t.c_step, t.start);
     }
 }
 

@@ -1,0 +1,126 @@
+//! Causal depthwise convolution over time.
+
+use std::ops::RangeInclusive;
+
+use dataflow_graph::format::number::{Flag, Real, Size};
+use dataflow_graph::gradient::Gradient;
+use dataflow_graph::initializer::Initializer;
+use dataflow_graph::op::{Cost, NodeView, Op, OpError, Parameter};
+use dataflow_graph::registry::{Info, Registry};
+use dataflow_graph::types::TensorType;
+use dataflow_kernels::cpu::conv1d::{self, Conv, MAX_TAPS};
+use dataflow_kernels::device::{Kernel, Target};
+use serde::{Deserialize, Serialize};
+
+use crate::elementwise::Activation;
+use crate::sequence::sizes;
+
+fn yes() -> Flag {
+    Flag(true)
+}
+
+/// `y_t = activation(b + sum over j of w_j x_(t - width + 1 + j))` in each channel; x, y `[B, T, D]`,
+/// w `[D, 1, width]`, b `[D]`. Initialised as PyTorch's `Conv1d`: uniform on `±width^-1/2`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CausalConv1d {
+    width: Size,
+    #[serde(default = "yes")]
+    bias: Flag,
+    /// `Identity` or `Silu`.
+    #[serde(default)]
+    activation: Activation,
+    #[serde(default)]
+    init: Option<Initializer>,
+    #[serde(default)]
+    bias_init: Option<Initializer>,
+}
+
+impl Op for CausalConv1d {
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        sizes(&inputs[0])?;
+        if !(1..=MAX_TAPS).contains(&*self.width) {
+            return Err(format!("the width {} is not between 1 and {MAX_TAPS}", self.width).into());
+        }
+        if !matches!(self.activation, Activation::Identity | Activation::Silu) {
+            return Err("the activation must be Identity or Silu; use a row of its own for others".into());
+        }
+        Ok(vec![inputs[0].clone()])
+    }
+    fn parameters(&self, inputs: &[TensorType]) -> Result<Vec<Parameter>, OpError> {
+        let (width, channels) = (*self.width, inputs[0].cols());
+        let default = Initializer::Uniform { bound: Real((width as f64).powf(-0.5)) };
+        let init = self.init.clone().unwrap_or(default.clone());
+        let mut parameters = vec![Parameter::new("weight", [channels, 1, width], init)];
+        if *self.bias {
+            parameters.push(Parameter::new("bias", [channels], self.bias_init.clone().unwrap_or(default)));
+        }
+        Ok(parameters)
+    }
+    fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
+        let Some(dy) = g.output_gradient(0) else { return Ok(()) };
+        let mut inputs = vec![dy];
+        inputs.extend(g.all_inputs());
+        let made = g.emit(CausalConv1dGradient(self.clone()), &inputs)?;
+        (0..g.inputs()).try_for_each(|i| g.set(i, made[i]))
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let (_, time, _) = sizes(&node.inputs[0])?;
+        let (bias, silu) = (*self.bias, self.activation == Activation::Silu);
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let conv = Conv { weight: a.slice(1), bias: bias.then(|| a.slice(2)), silu };
+                conv1d::forward(conv, a.rows(0), time, None, a.rows_mut(0), None);
+                Ok(())
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        Cost { flops: 2.0 * *self.width as f64 * node.outputs[0].elements() as f64, bytes: node.bytes() }
+    }
+}
+
+/// (dy, x, weight, bias?) to (dx, dweight, dbias?).
+#[derive(Clone, Debug)]
+struct CausalConv1dGradient(CausalConv1d);
+
+impl Op for CausalConv1dGradient {
+    fn arity(&self) -> RangeInclusive<usize> {
+        3..=4
+    }
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        Ok(inputs[1..].to_vec())
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let (_, time, _) = sizes(&node.inputs[1])?;
+        let (bias, silu) = (*self.0.bias, self.0.activation == Activation::Silu);
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let conv = Conv { weight: a.slice(2), bias: bias.then(|| a.slice(3)), silu };
+                let dbias = bias.then(|| a.slice_mut(2));
+                conv1d::backward(conv, a.rows(1), time, None, a.rows(0), a.rows_mut(0), a.slice_mut(1), dbias);
+                Ok(())
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        Cost { flops: 6.0 * *self.0.width as f64 * node.outputs[0].elements() as f64, bytes: node.bytes() }
+    }
+}
+
+pub(crate) fn register(registry: &mut Registry) {
+    registry.op::<CausalConv1d>(Info {
+        name: "CausalConv1d",
+        about: "A short convolution over time in every channel, looking back only.",
+        inputs: &["x [B, T, D]"],
+        formula: "activation(b + sum over j of w_j x_(t - width + 1 + j))",
+        source: "arXiv:2312.00752",
+        example: "(width: 4)",
+    });
+}

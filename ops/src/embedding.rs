@@ -1,0 +1,179 @@
+//! Row lookup by token, and learned positions.
+
+use std::ops::RangeInclusive;
+
+use dataflow_graph::format::number::{Real, Size};
+use dataflow_graph::gradient::Gradient;
+use dataflow_graph::initializer::Initializer;
+use dataflow_graph::op::{Cost, NodeView, Op, OpError, Parameter};
+use dataflow_graph::registry::{Info, Registry};
+use dataflow_graph::types::{DType, TensorType};
+use dataflow_kernels::cpu::embedding;
+use dataflow_kernels::cpu::reduce::copy_rows;
+use dataflow_kernels::device::{Kernel, KernelError, Target};
+use serde::{Deserialize, Serialize};
+
+fn normal() -> Initializer {
+    Initializer::Normal { std: Real(0.02) }
+}
+
+/// `y = W[tokens]`: tokens `[B, T]`, W `[rows, dim]`, y `[B, T, dim]`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Embedding {
+    rows: Size,
+    dim: Size,
+    #[serde(default = "normal")]
+    init: Initializer,
+}
+
+impl Op for Embedding {
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        if inputs[0].dtype != DType::I32 {
+            return Err("the input must be token ids (i32)".into());
+        }
+        if *self.rows == 0 || *self.dim == 0 {
+            return Err("`rows` and `dim` must be at least 1".into());
+        }
+        let mut shape = inputs[0].shape.clone();
+        shape.push(*self.dim);
+        Ok(vec![TensorType::f32(shape)])
+    }
+    fn parameters(&self, _: &[TensorType]) -> Result<Vec<Parameter>, OpError> {
+        Ok(vec![Parameter::new("weight", [*self.rows, *self.dim], self.init.clone())])
+    }
+    fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
+        let tokens = g.input(0);
+        let Some(dy) = g.output_gradient(0) else { return Ok(()) };
+        let dw = g.emit(EmbeddingGradient { rows: *self.rows }, &[tokens, dy])?[0];
+        g.set(1, dw)
+    }
+    fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(|a| {
+                embedding::forward(a.slice(0), a.slice(1), a.rows_mut(0)).map_err(|e| KernelError(e.to_string()))
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        Cost { flops: 0.0, bytes: 2.0 * node.outputs[0].bytes() as f64 }
+    }
+}
+
+/// The gradient of [`Embedding`] with respect to its table.
+#[derive(Clone, Debug)]
+struct EmbeddingGradient {
+    rows: usize,
+}
+
+impl Op for EmbeddingGradient {
+    fn arity(&self) -> RangeInclusive<usize> {
+        2..=2
+    }
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        Ok(vec![TensorType::f32([self.rows, inputs[1].cols()])])
+    }
+    fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(|a| {
+                embedding::backward(a.slice(0), a.rows(1), a.slice_mut(0)).map_err(|e| KernelError(e.to_string()))
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+}
+
+/// The first T rows of a learned table: tokens `[B, T]`, W `[rows, dim]`, y `[T, dim]`. Added to the token
+/// embedding it marks positions; T may not exceed `rows`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PositionEmbedding {
+    rows: Size,
+    dim: Size,
+    #[serde(default = "normal")]
+    init: Initializer,
+}
+
+impl Op for PositionEmbedding {
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        let time = inputs[0].cols();
+        if time > *self.rows {
+            let message = format!("{time} tokens exceed the {} learned positions", self.rows);
+            return Err(format!("{message}: use a shorter block, or set the config name `block`").into());
+        }
+        Ok(vec![TensorType::f32([time, *self.dim])])
+    }
+    fn parameters(&self, _: &[TensorType]) -> Result<Vec<Parameter>, OpError> {
+        Ok(vec![Parameter::new("weight", [*self.rows, *self.dim], self.init.clone())])
+    }
+    fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
+        let Some(dy) = g.output_gradient(0) else { return Ok(()) };
+        let dw = g.emit(PadRows { rows: *self.rows }, &[dy])?[0];
+        g.set(1, dw)
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let time = node.outputs[0].rows();
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                copy_rows(a.rows(1).slice_rows(0, time), a.rows_mut(0));
+                Ok(())
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+}
+
+/// A matrix with rows of zeros below it.
+#[derive(Clone, Debug)]
+struct PadRows {
+    rows: usize,
+}
+
+impl Op for PadRows {
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        Ok(vec![TensorType::f32([self.rows, inputs[0].cols()])])
+    }
+    fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(|a| {
+                let (x, mut y) = (a.rows::<f32>(0), a.rows_mut::<f32>(0));
+                for r in 0..y.rows() {
+                    match r < x.rows() {
+                        true => y.row(r).copy_from_slice(x.row(r)),
+                        false => y.row(r).fill(0.0),
+                    }
+                }
+                Ok(())
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+}
+
+pub(crate) fn register(registry: &mut Registry) {
+    registry.op::<Embedding>(Info {
+        name: "Embedding",
+        about: "A row of a trained table for every token.",
+        inputs: &["tokens [B, T]"],
+        formula: "W[tokens]",
+        source: "",
+        example: "(rows: 256, dim: 8)",
+    });
+    registry.op::<PositionEmbedding>(Info {
+        name: "PositionEmbedding",
+        about: "Learned positions: the first T rows of a trained table.",
+        inputs: &["tokens [B, T]"],
+        formula: "W[0..T]",
+        source: "",
+        example: "(rows: 256, dim: 8)",
+    });
+}

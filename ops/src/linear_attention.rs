@@ -1,0 +1,350 @@
+//! Linear recurrences with a matrix state for every head: RWKV's WKV operator, retention, and gated linear
+//! attention. They train in chunked form; what is kept for the backward pass are states at chunk boundaries.
+
+use std::ops::RangeInclusive;
+
+use dataflow_graph::format::number::{Real, Size};
+use dataflow_graph::gradient::Gradient;
+use dataflow_graph::op::{Cost, NodeView, Op, OpError};
+use dataflow_graph::registry::{Info, Registry};
+use dataflow_graph::types::TensorType;
+use dataflow_kernels::cpu::{gla, retention, wkv};
+use dataflow_kernels::device::{Kernel, Target};
+use serde::{Deserialize, Serialize};
+
+use crate::sequence::{head_dim, same, sizes};
+
+/// Rows of a chunk, for estimates of work.
+const CHUNK: f64 = 64.0;
+
+/// Floating-point operations of a chunked form: `products` products with the state and within a chunk.
+fn work(node: &NodeView<'_>, keys: &TensorType, values: &TensorType, heads: usize, products: f64) -> Cost {
+    let (rows, dk, dv) = (keys.rows() as f64, keys.cols() as f64, values.cols() as f64);
+    let states = 2.0 * dk * dv / heads as f64;
+    let within = CHUNK * (dk + dv) / 2.0;
+    Cost { flops: products * rows * (2.0 * states + 2.0 * within), bytes: node.bytes() }
+}
+
+/// A tensor of `len` elements that the forward pass keeps for the backward pass.
+fn kept(len: usize) -> TensorType {
+    TensorType::f32([len])
+}
+
+/// RWKV's x051a operator (arXiv:2404.05892, with one decay and one bonus for each head):
+///
+/// ```text
+/// w = exp(-exp(time_decay)),  u = time_faaaa
+/// y_t = r_t (S_(t-1) + u k_t^T v_t),  S_t = w S_(t-1) + k_t^T v_t
+/// ```
+/// r, k, v, y `[B, T, heads N]`; time_decay, time_faaaa `[heads, 1]`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Wkv {
+    heads: Size,
+}
+
+impl Op for Wkv {
+    fn arity(&self) -> RangeInclusive<usize> {
+        5..=5
+    }
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        let (batch, time, cols) = sizes(&inputs[0])?;
+        let dim = head_dim(cols, *self.heads)?;
+        same("receptance and keys", &inputs[0], &inputs[1])?;
+        same("receptance and values", &inputs[0], &inputs[2])?;
+        if inputs[3..].iter().any(|t| t.elements() != *self.heads) {
+            return Err(format!("time_decay and time_faaaa need one number for each of {} heads", self.heads).into());
+        }
+        Ok(vec![inputs[0].clone(), kept(wkv::wkv_boundaries_len(batch, time, *self.heads, dim))])
+    }
+    fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
+        let Some(dy) = g.output_gradient(0) else { return Ok(()) };
+        let mut inputs = g.all_inputs().to_vec();
+        inputs.extend([g.output(1), dy]);
+        let made = g.emit(WkvGradient(self.clone()), &inputs)?;
+        (0..5).try_for_each(|i| g.set(i, made[i]))
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let (batch, ..) = sizes(&node.inputs[0])?;
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let (decay, bonus) = (a.slice(3), a.slice(4));
+                let (y, kept) = (a.rows_mut(0), Some(a.slice_mut(1)));
+                wkv::wkv_forward(y, a.rows(0), a.rows(1), a.rows(2), decay, bonus, batch, None, None, kept);
+                Ok(())
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        work(node, &node.inputs[1], &node.inputs[2], *self.heads, 1.0)
+    }
+}
+
+/// (r, k, v, time_decay, time_faaaa, boundaries, dy) to the gradients of the first five.
+#[derive(Clone, Debug)]
+struct WkvGradient(Wkv);
+
+impl Op for WkvGradient {
+    fn arity(&self) -> RangeInclusive<usize> {
+        7..=7
+    }
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        Ok(inputs[..5].to_vec())
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let (batch, ..) = sizes(&node.inputs[0])?;
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let (r, k, v, decay, bonus) = (a.rows(0), a.rows(1), a.rows(2), a.slice(3), a.slice(4));
+                let (dr, dk, dv) = (a.rows_mut(0), a.rows_mut(1), a.rows_mut(2));
+                let (d_decay, d_bonus) = (a.slice_mut(3), a.slice_mut(4));
+                let (kept, dy) = (a.slice(5), a.rows(6));
+                wkv::wkv_backward(dr, dk, dv, d_decay, d_bonus, dy, r, k, v, decay, bonus, batch, kept);
+                Ok(())
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        work(node, &node.inputs[1], &node.inputs[2], *self.0.heads, 2.5)
+    }
+}
+
+/// How retention is computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Form {
+    /// With the row normaliser that upstream trains with: time grows with T^2, memory with T.
+    #[default]
+    Exact,
+    /// Without it, in linear time; the RMS norm behind it hides the difference up to its eps.
+    Chunk,
+}
+
+/// Retention (arXiv:2307.08621): `y_i = sum over j <= i of a_ij v_j / n_i` in every head, where
+/// `a_ij = q_i . k_j D_ij`, D is `g^(i-j)` over the root of its row sum with `g = 1 - 2^(-5-head)`, and `n_i` is
+/// `sum_j |a_ij|` clamped to `[1, 5e4]`, a constant for the gradient. q, k (rotated and scaled)
+/// `[B, T, heads Dk]`, v and y `[B, T, heads Dv]`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Retention {
+    heads: Size,
+    #[serde(default)]
+    form: Form,
+}
+
+impl Retention {
+    fn dims(&self, q: &TensorType, v: &TensorType) -> Result<retention::Dims, OpError> {
+        let (batch, time, cols) = sizes(q)?;
+        let (key_dim, value_dim) = (head_dim(cols, *self.heads)?, head_dim(v.cols(), *self.heads)?);
+        if sizes(v)?.0 != batch || sizes(v)?.1 != time {
+            return Err("batch or time of keys and values differ".into());
+        }
+        Ok(retention::Dims { batch, time, heads: *self.heads, key_dim, value_dim })
+    }
+
+    fn cost(&self, node: &NodeView<'_>, products: f64) -> Cost {
+        let (q, v) = (&node.inputs[0], &node.inputs[2]);
+        match self.form {
+            Form::Exact => {
+                let time = sizes(q).map_or(0, |s| s.1) as f64;
+                let cols = (q.cols() + v.cols()) as f64;
+                Cost { flops: products * q.rows() as f64 * time * cols, bytes: node.bytes() }
+            }
+            Form::Chunk => work(node, q, v, *self.heads, products),
+        }
+    }
+}
+
+impl Op for Retention {
+    fn arity(&self) -> RangeInclusive<usize> {
+        3..=3
+    }
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        same("queries and keys", &inputs[0], &inputs[1])?;
+        let dims = self.dims(&inputs[0], &inputs[2])?;
+        let kept = match self.form {
+            Form::Exact => TensorType::f32([dims.batch, dims.heads, dims.time]),
+            Form::Chunk => kept(retention::chunk_states_len(dims)),
+        };
+        Ok(vec![inputs[2].clone(), kept])
+    }
+    fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
+        let Some(dy) = g.output_gradient(0) else { return Ok(()) };
+        let inputs = [g.input(0), g.input(1), g.input(2), g.output(1), dy];
+        let made = g.emit(RetentionGradient(self.clone()), &inputs)?;
+        (0..3).try_for_each(|i| g.set(i, made[i]))
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let (dims, form) = (self.dims(&node.inputs[0], &node.inputs[2])?, self.form);
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let (q, k, v, y, kept) = (a.rows(0), a.rows(1), a.rows(2), a.rows_mut(0), a.slice_mut(1));
+                match form {
+                    Form::Exact => retention::parallel_forward(dims, q, k, v, y, kept),
+                    Form::Chunk => retention::chunk_forward(dims, q, k, v, y, kept),
+                }
+                Ok(())
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        self.cost(node, 1.0)
+    }
+}
+
+/// (q, k, v, kept, dy) to (dq, dk, dv).
+#[derive(Clone, Debug)]
+struct RetentionGradient(Retention);
+
+impl Op for RetentionGradient {
+    fn arity(&self) -> RangeInclusive<usize> {
+        5..=5
+    }
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        Ok(inputs[..3].to_vec())
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let (dims, form) = (self.0.dims(&node.inputs[0], &node.inputs[2])?, self.0.form);
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let (q, k, v, kept, dy) = (a.rows(0), a.rows(1), a.rows(2), a.slice(3), a.rows(4));
+                let (dq, dk, dv) = (a.rows_mut(0), a.rows_mut(1), a.rows_mut(2));
+                match form {
+                    Form::Exact => retention::parallel_backward(dims, q, k, v, kept, dy, dq, dk, dv),
+                    Form::Chunk => retention::chunk_backward(dims, q, k, v, kept, dy, dq, dk, dv),
+                }
+                Ok(())
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        self.0.cost(node, 2.5)
+    }
+}
+
+/// Gated linear attention (arXiv:2312.06635): `S_t = diag(exp(g_t)) S_(t-1) + k_t^T v_t`, `y_t = scale q_t S_t` in
+/// every head; q, k, g `[B, T, heads Dk]`, v, y `[B, T, heads Dv]`, scale `Dk^-1/2` unless given. The gates g are
+/// logarithms, 0 or less.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GatedLinearAttention {
+    heads: Size,
+    #[serde(default)]
+    scale: Option<Real>,
+}
+
+impl GatedLinearAttention {
+    fn scale(&self) -> Option<f32> {
+        self.scale.map(|s| s.0 as f32)
+    }
+}
+
+impl Op for GatedLinearAttention {
+    fn arity(&self) -> RangeInclusive<usize> {
+        4..=4
+    }
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        let ((batch, time, keys), (_, _, values)) = (sizes(&inputs[0])?, sizes(&inputs[2])?);
+        same("queries and keys", &inputs[0], &inputs[1])?;
+        same("queries and gates", &inputs[0], &inputs[3])?;
+        if inputs[2].rows() != inputs[0].rows() {
+            return Err("batch or time of keys and values differ".into());
+        }
+        let (dk, dv) = (head_dim(keys, *self.heads)?, head_dim(values, *self.heads)?);
+        Ok(vec![inputs[2].clone(), kept(gla::gla_boundaries_len(batch, time, *self.heads, dk, dv))])
+    }
+    fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
+        let Some(dy) = g.output_gradient(0) else { return Ok(()) };
+        let mut inputs = g.all_inputs().to_vec();
+        inputs.extend([g.output(1), dy]);
+        let made = g.emit(GatedLinearAttentionGradient(self.clone()), &inputs)?;
+        (0..4).try_for_each(|i| g.set(i, made[i]))
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let (batch, ..) = sizes(&node.inputs[0])?;
+        let (heads, scale) = (*self.heads, self.scale());
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let (q, k, v, gate) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3));
+                let (y, kept) = (a.rows_mut(0), Some(a.slice_mut(1)));
+                gla::gla_forward(y, q, k, v, gate, scale, batch, heads, None, None, kept);
+                Ok(())
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        work(node, &node.inputs[0], &node.inputs[2], *self.heads, 1.0)
+    }
+}
+
+/// (q, k, v, gates, boundaries, dy) to the gradients of the first four.
+#[derive(Clone, Debug)]
+struct GatedLinearAttentionGradient(GatedLinearAttention);
+
+impl Op for GatedLinearAttentionGradient {
+    fn arity(&self) -> RangeInclusive<usize> {
+        6..=6
+    }
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        Ok(inputs[..4].to_vec())
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let (batch, ..) = sizes(&node.inputs[0])?;
+        let (heads, scale) = (*self.0.heads, self.0.scale());
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let (q, k, v, gate, kept, dy) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3), a.slice(4), a.rows(5));
+                let (dq, dk, dv, dgate) = (a.rows_mut(0), a.rows_mut(1), a.rows_mut(2), a.rows_mut(3));
+                gla::gla_backward(dq, dk, dv, dgate, dy, q, k, v, gate, scale, batch, heads, kept);
+                Ok(())
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        work(node, &node.inputs[0], &node.inputs[2], *self.0.heads, 2.5)
+    }
+}
+
+pub(crate) fn register(registry: &mut Registry) {
+    registry.op::<Wkv>(Info {
+        name: "Wkv",
+        about: "RWKV's x051a operator: linear attention with one decay and one bonus for each head.",
+        inputs: &["r [B, T, heads N]", "k", "v", "time_decay [heads, 1]", "time_faaaa [heads, 1]"],
+        formula: "y = r (S + u k^T v), S = w S + k^T v, w = exp(-exp(time_decay)), u = time_faaaa",
+        source: "arXiv:2404.05892",
+        example: "(heads: 4)",
+    });
+    registry.op::<Retention>(Info {
+        name: "Retention",
+        about: "RetNet's retention: attention without softmax, with a decay for each head.",
+        inputs: &["q [B, T, heads Dk]", "k", "v [B, T, heads Dv]"],
+        formula: "y_i = sum over j <= i of a_ij v_j / clamp(sum_j |a_ij|, 1, 5e4), a_ij = q_i . k_j D_ij",
+        source: "arXiv:2307.08621",
+        example: "(heads: 4)",
+    });
+    registry.op::<GatedLinearAttention>(Info {
+        name: "GatedLinearAttention",
+        about: "Linear attention whose state decays by a gate for each key channel.",
+        inputs: &["q [B, T, heads Dk]", "k", "v [B, T, heads Dv]", "log gates [B, T, heads Dk]"],
+        formula: "S = diag(exp(g)) S + k^T v, y = scale q S",
+        source: "arXiv:2312.06635",
+        example: "(heads: 4)",
+    });
+}

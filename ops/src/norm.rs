@@ -1,0 +1,209 @@
+//! RMS, layer and group normalisation over the last dimension.
+
+use std::ops::RangeInclusive;
+
+use dataflow_graph::format::number::{Flag, Real, Size};
+use dataflow_graph::gradient::Gradient;
+use dataflow_graph::initializer::Initializer;
+use dataflow_graph::op::{Cost, NodeView, Op, OpError, Parameter};
+use dataflow_graph::registry::{Info, Registry};
+use dataflow_graph::types::TensorType;
+use dataflow_kernels::cpu::norm::{self, Kind, Norm};
+use dataflow_kernels::device::{Kernel, Target};
+use serde::{Deserialize, Serialize};
+
+fn one() -> Size {
+    Size(1)
+}
+
+fn yes() -> Flag {
+    Flag(true)
+}
+
+fn eps() -> Real {
+    Real(1e-5)
+}
+
+/// `y = x / sqrt(mean(x^2) + eps) w` over each of `groups` parts of the last dimension (arXiv:1910.07467).
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RmsNorm {
+    #[serde(default = "eps")]
+    eps: Real,
+    #[serde(default = "one")]
+    groups: Size,
+    #[serde(default = "yes")]
+    weight: Flag,
+}
+
+/// `y = (x - mean(x)) / sqrt(var(x) + eps) w + b` over each of `groups` parts of the last dimension, with the
+/// biased variance (arXiv:1607.06450).
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerNorm {
+    #[serde(default = "eps")]
+    eps: Real,
+    #[serde(default = "one")]
+    groups: Size,
+    #[serde(default = "yes")]
+    weight: Flag,
+    #[serde(default)]
+    bias: Flag,
+}
+
+/// [`LayerNorm`] of `groups` parts with weight and bias for each channel (arXiv:1803.08494).
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupNorm {
+    groups: Size,
+    #[serde(default = "eps")]
+    eps: Real,
+}
+
+/// What the three have in common.
+#[derive(Clone, Copy, Debug)]
+struct Form {
+    norm: Norm,
+    weight: bool,
+    bias: bool,
+}
+
+impl Form {
+    fn infer(&self, x: &TensorType) -> Result<Vec<TensorType>, OpError> {
+        let groups = self.norm.groups;
+        if groups == 0 || x.cols() == 0 || !x.cols().is_multiple_of(groups) {
+            return Err(format!("{} columns do not split into {groups} equal groups", x.cols()).into());
+        }
+        Ok(vec![x.clone(), x.with_cols(self.norm.stats_per_row())])
+    }
+    fn parameters(&self, x: &TensorType) -> Vec<Parameter> {
+        let weight = self.weight.then(|| Parameter::new("weight", [x.cols()], Initializer::Ones));
+        let bias = self.bias.then(|| Parameter::new("bias", [x.cols()], Initializer::Zeros));
+        weight.into_iter().chain(bias).collect()
+    }
+    fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
+        let Some(dy) = g.output_gradient(0) else { return Ok(()) };
+        let mut inputs = vec![g.input(0), g.output(1), dy];
+        inputs.extend(self.weight.then(|| g.input(1)));
+        let made = g.emit(NormGradient(*self), &inputs)?;
+        (0..g.inputs()).try_for_each(|i| g.set(i, made[i]))
+    }
+    fn lower(&self, target: Target) -> Kernel {
+        let Form { norm, weight, bias } = *self;
+        match target {
+            Target::Cpu => Kernel::cpu(move |a| {
+                let w = weight.then(|| a.slice::<f32>(1));
+                let b = bias.then(|| a.slice::<f32>(1 + usize::from(weight)));
+                norm::forward(norm, a.rows(0), None, w, b, a.rows_mut(0), Some(a.slice_mut(1)));
+                Ok(())
+            }),
+        }
+    }
+}
+
+macro_rules! norm_op {
+    ($name:ident, $self:ident => $form:expr) => {
+        impl $name {
+            fn form(&$self) -> Form {
+                $form
+            }
+        }
+        impl Op for $name {
+            fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+                self.form().infer(&inputs[0])
+            }
+            fn parameters(&self, inputs: &[TensorType]) -> Result<Vec<Parameter>, OpError> {
+                Ok(self.form().parameters(&inputs[0]))
+            }
+            fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
+                self.form().gradient(g)
+            }
+            fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+                Ok(self.form().lower(target))
+            }
+            fn strided(&self) -> bool {
+                true
+            }
+            fn cost(&self, node: &NodeView<'_>) -> Cost {
+                Cost { flops: 5.0 * node.outputs[0].elements() as f64, bytes: node.bytes() }
+            }
+        }
+    };
+}
+
+norm_op!(RmsNorm, self => Form {
+    norm: Norm { kind: Kind::Rms, groups: *self.groups, eps: self.eps.0 as f32 },
+    weight: *self.weight,
+    bias: false,
+});
+norm_op!(LayerNorm, self => Form {
+    norm: Norm { kind: Kind::Layer, groups: *self.groups, eps: self.eps.0 as f32 },
+    weight: *self.weight,
+    bias: *self.bias,
+});
+norm_op!(GroupNorm, self => Form {
+    norm: Norm { kind: Kind::Layer, groups: *self.groups, eps: self.eps.0 as f32 },
+    weight: true,
+    bias: true,
+});
+
+/// (x, statistics, dy, weight?) to (dx, dweight?, dbias?).
+#[derive(Clone, Debug)]
+struct NormGradient(Form);
+
+impl Op for NormGradient {
+    fn arity(&self) -> RangeInclusive<usize> {
+        3..=4
+    }
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        let x = &inputs[0];
+        let per_channel = usize::from(self.0.weight) + usize::from(self.0.bias);
+        let parameters = std::iter::repeat_n(TensorType::f32([x.cols()]), per_channel);
+        Ok(std::iter::once(x.clone()).chain(parameters).collect())
+    }
+    fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let Form { norm, weight, bias } = self.0;
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let w = weight.then(|| a.slice::<f32>(3));
+                let dw = weight.then(|| a.slice_mut::<f32>(1));
+                let db = bias.then(|| a.slice_mut::<f32>(1 + usize::from(weight)));
+                norm::backward(norm, a.rows(0), a.slice(1), w, a.rows(2), None, a.rows_mut(0), dw, db);
+                Ok(())
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        Cost { flops: 10.0 * node.outputs[0].elements() as f64, bytes: node.bytes() }
+    }
+}
+
+pub(crate) fn register(registry: &mut Registry) {
+    registry.op::<RmsNorm>(Info {
+        name: "RmsNorm",
+        about: "Root-mean-square normalisation of the last dimension, or of equal parts of it.",
+        inputs: &["x [.., C]"],
+        formula: "x / sqrt(mean(x^2) + eps) w",
+        source: "arXiv:1910.07467",
+        example: "",
+    });
+    registry.op::<LayerNorm>(Info {
+        name: "LayerNorm",
+        about: "Layer normalisation of the last dimension, or of equal parts of it.",
+        inputs: &["x [.., C]"],
+        formula: "(x - mean(x)) / sqrt(var(x) + eps) w + b",
+        source: "arXiv:1607.06450",
+        example: "",
+    });
+    registry.op::<GroupNorm>(Info {
+        name: "GroupNorm",
+        about: "Normalisation of equal parts of the last dimension, with weight and bias.",
+        inputs: &["x [.., C]"],
+        formula: "(x - mean(x)) / sqrt(var(x) + eps) w + b",
+        source: "arXiv:1803.08494",
+        example: "(groups: 4)",
+    });
+}

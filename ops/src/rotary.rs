@@ -1,0 +1,105 @@
+//! Rotary position embedding, in LLaMA's and RetNet's forms.
+
+use dataflow_graph::format::number::{Real, Size};
+use dataflow_graph::gradient::Gradient;
+use dataflow_graph::op::{Cost, NodeView, Op, OpError};
+use dataflow_graph::registry::{Info, Registry};
+use dataflow_graph::types::TensorType;
+use dataflow_kernels::cpu::rotary::{self, Direction, Rotation, rotate, rotate_in_place};
+use dataflow_kernels::device::{Kernel, Target};
+use serde::{Deserialize, Serialize};
+
+use crate::sequence::{head_dim, sizes};
+
+/// Which channels of a head turn together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Pairing {
+    /// Channel i with i + D/2, frequency `base^(-2i/D)`: LLaMA.
+    #[default]
+    Half,
+    /// Channel 2i with 2i + 1, exponents from 0 to 1 inclusive: RetNet's theta shift.
+    Interleaved,
+}
+
+fn base() -> Real {
+    Real(10000.0)
+}
+
+fn unit() -> Real {
+    Real(1.0)
+}
+
+/// Turns pairs of channels of every head by angles proportional to the position (arXiv:2104.09864), and
+/// multiplies by `scale`. x, y `[B, T, heads D]`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rotary {
+    heads: Size,
+    #[serde(default)]
+    pairing: Pairing,
+    #[serde(default = "base")]
+    base: Real,
+    #[serde(default = "unit")]
+    scale: Real,
+    /// Turn back: the gradient.
+    #[serde(skip)]
+    backward: bool,
+}
+
+impl Op for Rotary {
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        let (_, _, cols) = sizes(&inputs[0])?;
+        let dim = head_dim(cols, *self.heads)?;
+        if !dim.is_multiple_of(2) {
+            return Err(format!("heads of {dim} channels have no pairs").into());
+        }
+        Ok(vec![inputs[0].clone()])
+    }
+    fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
+        let Some(dy) = g.output_gradient(0) else { return Ok(()) };
+        let dx = g.emit(Self { backward: !self.backward, ..self.clone() }, &[dy])?[0];
+        g.set(0, dx)
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let (_, time, cols) = sizes(&node.inputs[0])?;
+        let dim = head_dim(cols, *self.heads)?;
+        let pairing = match self.pairing {
+            Pairing::Half => rotary::Pairing::Half,
+            Pairing::Interleaved => rotary::Pairing::Interleaved,
+        };
+        let (mut cos, mut sin) = (vec![0.0; time * dim / 2], vec![0.0; time * dim / 2]);
+        rotary::angles(pairing, self.base.0, dim, 0, &mut cos, &mut sin);
+        let direction = if self.backward { Direction::Backward } else { Direction::Forward };
+        let scale = self.scale.0 as f32;
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let rotation = Rotation { pairing, head_dim: dim, cos: &cos, sin: &sin, scale };
+                match a.in_place(0) {
+                    Some(_) => rotate_in_place(rotation, direction, a.rows_mut(0)),
+                    None => rotate(rotation, direction, a.rows(0), a.rows_mut(0)),
+                }
+                Ok(())
+            })),
+        }
+    }
+    fn in_place(&self) -> Vec<(usize, usize)> {
+        vec![(0, 0)]
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        Cost { flops: 3.0 * node.outputs[0].elements() as f64, bytes: node.bytes() }
+    }
+}
+
+pub(crate) fn register(registry: &mut Registry) {
+    registry.op::<Rotary>(Info {
+        name: "Rotary",
+        about: "Rotary position embedding: turns pairs of channels by an angle proportional to the position.",
+        inputs: &["x [B, T, heads D]"],
+        formula: "(a cos - b sin, b cos + a sin) scale, angle t base^(-2i/D)",
+        source: "arXiv:2104.09864; Interleaved: arXiv:2307.08621",
+        example: "(heads: 4)",
+    });
+}

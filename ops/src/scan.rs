@@ -1,0 +1,239 @@
+//! State-space scans with a state for every channel: the Longhorn online update and Mamba's selective scan.
+
+use std::ops::RangeInclusive;
+
+use dataflow_graph::gradient::Gradient;
+use dataflow_graph::initializer::{ElementFormula, Initializer};
+use dataflow_graph::op::{Cost, NodeView, Op, OpError, Parameter};
+use dataflow_graph::registry::{Info, Registry};
+use dataflow_graph::types::TensorType;
+use dataflow_kernels::cpu::scan::Dims;
+use dataflow_kernels::cpu::{longhorn, selective_scan};
+use dataflow_kernels::device::{Kernel, Target};
+use serde::{Deserialize, Serialize};
+
+use crate::sequence::{same, sizes};
+
+/// The Longhorn update, which solves online associative recall in closed form (arXiv:2407.14207):
+///
+/// ```text
+/// b = sigmoid(dt),  e = b / (1 + b |k_t|^2)
+/// h_t = (1 - e k_t^2) h_(t-1) + e u_t k_t,  y_t = q_t . h_t + D u_t
+/// ```
+/// u, dt, y `[B, T, channels]`; q, k `[B, T, states]`; D `[channels]`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Longhorn {}
+
+/// Mamba's selective scan (arXiv:2312.00752):
+///
+/// ```text
+/// d = softplus(dt),  h_t = exp(-d exp(A_log)) h_(t-1) + d u_t B_t,  y_t = C_t . h_t + D u_t
+/// ```
+/// u, dt, y `[B, T, channels]`; B, C `[B, T, states]`; A_log `[channels, states]`, ln 1 … ln states at first;
+/// D `[channels]`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SelectiveScan {}
+
+/// Sizes, given u and one of the tensors of states.
+fn dims(u: &TensorType, states: &TensorType) -> Result<Dims, OpError> {
+    let (batch, time, channels) = sizes(u)?;
+    let (b, t, state) = sizes(states)?;
+    if (b, t) != (batch, time) || state == 0 || channels == 0 {
+        return Err("batch or time of the inputs differ".into());
+    }
+    Ok(Dims { batch, time, channels, state })
+}
+
+/// The result, and the states at chunk boundaries that the backward pass starts from.
+fn scan_outputs(u: &TensorType, dims: &Dims) -> Vec<TensorType> {
+    vec![u.clone(), TensorType::f32([dims.boundaries_len() / dims.channels, dims.channels])]
+}
+
+fn work(node: &NodeView<'_>, dims: Result<Dims, OpError>, per_element: f64) -> Cost {
+    let elements = dims.map_or(0, |d| d.rows() * d.channels * d.state) as f64;
+    Cost { flops: per_element * elements, bytes: node.bytes() }
+}
+
+/// Inputs are (u, q, k, dt), then the parameter D.
+impl Op for Longhorn {
+    fn arity(&self) -> RangeInclusive<usize> {
+        4..=4
+    }
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        let dims = dims(&inputs[0], &inputs[1])?;
+        same("queries and keys", &inputs[1], &inputs[2])?;
+        same("inputs and step sizes", &inputs[0], &inputs[3])?;
+        Ok(scan_outputs(&inputs[0], &dims))
+    }
+    fn parameters(&self, inputs: &[TensorType]) -> Result<Vec<Parameter>, OpError> {
+        Ok(vec![Parameter::new("D", [inputs[0].cols()], Initializer::Ones)])
+    }
+    fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
+        let Some(dy) = g.output_gradient(0) else { return Ok(()) };
+        let mut inputs = g.all_inputs().to_vec();
+        inputs.extend([g.output(1), dy]);
+        let made = g.emit(LonghornGradient, &inputs)?;
+        (0..5).try_for_each(|i| g.set(i, made[i]))
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let dims = dims(&node.inputs[0], &node.inputs[1])?;
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let (u, q, k, dt, skip) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3), Some(a.slice(4)));
+                let inputs = longhorn::Inputs { u, dt, q, k, t_bias: None, skip, gate: None };
+                longhorn::forward(dims, &inputs, a.rows_mut(0), None, Some(a.slice_mut(1)));
+                Ok(())
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        work(node, dims(&node.inputs[0], &node.inputs[1]), 8.0)
+    }
+}
+
+/// (u, q, k, dt, D, boundaries, dy) to (du, dq, dk, ddt, dD).
+#[derive(Clone, Debug)]
+struct LonghornGradient;
+
+impl Op for LonghornGradient {
+    fn arity(&self) -> RangeInclusive<usize> {
+        7..=7
+    }
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        Ok(inputs[..5].to_vec())
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let dims = dims(&node.inputs[0], &node.inputs[1])?;
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let (u, q, k, dt, skip) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3), Some(a.slice(4)));
+                let inputs = longhorn::Inputs { u, dt, q, k, t_bias: None, skip, gate: None };
+                let gradients = longhorn::Gradients {
+                    u: a.rows_mut(0),
+                    q: a.rows_mut(1),
+                    k: a.rows_mut(2),
+                    dt: a.rows_mut(3),
+                    t_bias: None,
+                    skip: Some(a.slice_mut(4)),
+                    gate: None,
+                };
+                longhorn::backward(dims, &inputs, a.rows(6), a.slice(5), gradients);
+                Ok(())
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        work(node, dims(&node.inputs[0], &node.inputs[1]), 20.0)
+    }
+}
+
+/// Inputs are (u, dt, B, C), then the parameters A_log and D.
+impl Op for SelectiveScan {
+    fn arity(&self) -> RangeInclusive<usize> {
+        4..=4
+    }
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        let dims = dims(&inputs[0], &inputs[2])?;
+        same("B and C", &inputs[2], &inputs[3])?;
+        same("inputs and step sizes", &inputs[0], &inputs[1])?;
+        Ok(scan_outputs(&inputs[0], &dims))
+    }
+    fn parameters(&self, inputs: &[TensorType]) -> Result<Vec<Parameter>, OpError> {
+        let (channels, states) = (inputs[0].cols(), inputs[2].cols());
+        let a_log = Initializer::Formula(ElementFormula::new("ln(i + 1)").map_err(OpError)?);
+        Ok(vec![Parameter::new("A_log", [channels, states], a_log), Parameter::new("D", [channels], Initializer::Ones)])
+    }
+    fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
+        let Some(dy) = g.output_gradient(0) else { return Ok(()) };
+        let mut inputs = g.all_inputs().to_vec();
+        inputs.extend([g.output(1), dy]);
+        let made = g.emit(SelectiveScanGradient, &inputs)?;
+        (0..6).try_for_each(|i| g.set(i, made[i]))
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let dims = dims(&node.inputs[0], &node.inputs[2])?;
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let (u, delta, b, c) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3));
+                let (a_log, skip) = (a.slice(4), Some(a.slice(5)));
+                let inputs = selective_scan::Inputs { u, delta, a_log, b, c, delta_bias: None, skip, gate: None };
+                selective_scan::forward(dims, &inputs, a.rows_mut(0), None, Some(a.slice_mut(1)));
+                Ok(())
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        work(node, dims(&node.inputs[0], &node.inputs[2]), 6.0 + 12.0)
+    }
+}
+
+/// (u, dt, B, C, A_log, D, boundaries, dy) to (du, ddt, dB, dC, dA_log, dD).
+#[derive(Clone, Debug)]
+struct SelectiveScanGradient;
+
+impl Op for SelectiveScanGradient {
+    fn arity(&self) -> RangeInclusive<usize> {
+        8..=8
+    }
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        Ok(inputs[..6].to_vec())
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let dims = dims(&node.inputs[0], &node.inputs[2])?;
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let (u, delta, b, c) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3));
+                let (a_log, skip) = (a.slice(4), Some(a.slice(5)));
+                let inputs = selective_scan::Inputs { u, delta, a_log, b, c, delta_bias: None, skip, gate: None };
+                let gradients = selective_scan::Gradients {
+                    u: a.rows_mut(0),
+                    delta: a.rows_mut(1),
+                    b: a.rows_mut(2),
+                    c: a.rows_mut(3),
+                    a_log: Some(a.slice_mut(4)),
+                    delta_bias: None,
+                    skip: Some(a.slice_mut(5)),
+                    gate: None,
+                };
+                selective_scan::backward(dims, &inputs, a.rows(7), a.slice(6), gradients);
+                Ok(())
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        work(node, dims(&node.inputs[0], &node.inputs[2]), 18.0 + 24.0)
+    }
+}
+
+pub(crate) fn register(registry: &mut Registry) {
+    registry.op::<Longhorn>(Info {
+        name: "Longhorn",
+        about: "The Longhorn update: online associative recall solved in closed form, a state for every channel.",
+        inputs: &["u [B, T, D]", "q [B, T, N]", "k [B, T, N]", "dt [B, T, D]"],
+        formula: "e = b / (1 + b |k|^2), b = sigmoid(dt); h = (1 - e k^2) h + e u k; y = q . h + D u",
+        source: "arXiv:2407.14207",
+        example: "",
+    });
+    registry.op::<SelectiveScan>(Info {
+        name: "SelectiveScan",
+        about: "Mamba's selective scan: a linear recurrence whose step sizes depend on the input.",
+        inputs: &["u [B, T, D]", "dt [B, T, D]", "B [B, T, N]", "C [B, T, N]"],
+        formula: "d = softplus(dt); h = exp(-d exp(A_log)) h + d u B; y = C . h + D u",
+        source: "arXiv:2312.00752",
+        example: "",
+    });
+}

@@ -1,0 +1,18 @@
+//! What feeds a training step: texts, token files, and batches of inputs and targets.
+
+pub mod archive;
+pub mod batch;
+pub mod chars;
+pub mod download;
+pub mod prefetch;
+pub mod recall;
+mod streams;
+pub mod text;
+pub mod token_file;
+pub mod whole_windows;
+pub mod windows;
+
+pub use batch::{Batch, BatchError, BatchSource, Draw, Purpose, Split};
+pub use prefetch::Prefetcher;
+pub use text::{Text, TextError, TextSource};
+pub use token_file::{TokenFile, TokenFileError, TokenSplits, Tokenizer};

@@ -1,0 +1,139 @@
+//! The folder of a run.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::ReportError;
+use crate::files::{self, FileError};
+
+/// The pipeline as it ran: the file that makes a folder a run's.
+pub const RESOLVED: &str = "resolved.ron";
+
+/// The folder that a run writes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunFolder {
+    path: PathBuf,
+}
+
+impl RunFolder {
+    /// A new folder `<pipeline>-<number>` in `runs`, with the first number that is free.
+    pub fn create(runs: &Path, pipeline: &str) -> Result<RunFolder, ReportError> {
+        files::create_folder(runs)?;
+        let safe = |c: char| if c.is_alphanumeric() || matches!(c, '-' | '_' | '.') { c } else { '_' };
+        let pipeline: String = pipeline.chars().map(safe).collect();
+        let mut number = largest_number(runs, &pipeline)? + 1;
+        loop {
+            let path = runs.join(format!("{pipeline}-{number:03}"));
+            // Creating and testing in one: two runs that start together get different folders.
+            match fs::create_dir(&path) {
+                Ok(()) => return Ok(RunFolder { path }),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number += 1,
+                Err(source) => return Err(FileError { action: "create the folder", path, source }.into()),
+            }
+        }
+    }
+
+    /// The folder the user chose for a new run. It may exist, but not hold a run.
+    pub fn at(path: &Path) -> Result<RunFolder, ReportError> {
+        files::create_folder(path)?;
+        let folder = RunFolder { path: path.into() };
+        match folder.resolved().exists() || folder.metrics().exists() {
+            true => Err(ReportError::FolderInUse(path.into())),
+            false => Ok(folder),
+        }
+    }
+
+    /// The folder of an earlier run.
+    pub fn resume(path: &Path) -> Result<RunFolder, ReportError> {
+        let folder = RunFolder { path: path.into() };
+        match folder.resolved().is_file() {
+            true => Ok(folder),
+            false => Err(ReportError::NothingToResume { path: path.into(), missing: RESOLVED }),
+        }
+    }
+
+    /// The folder of the latest run of a pipeline in `runs`, for `--resume` without a folder.
+    pub fn latest(runs: &Path, pipeline: &str) -> Result<RunFolder, ReportError> {
+        let number = largest_number(runs, pipeline)?;
+        RunFolder::resume(&runs.join(format!("{pipeline}-{number:03}")))
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A file of the folder.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// The pipeline as it ran.
+    pub fn resolved(&self) -> PathBuf {
+        self.file(RESOLVED)
+    }
+
+    /// The rows of metrics.
+    pub fn metrics(&self) -> PathBuf {
+        self.file("metrics.jsonl")
+    }
+
+    /// The picture of the losses.
+    pub fn curve(&self) -> PathBuf {
+        self.file("loss.svg")
+    }
+}
+
+/// The largest number of the folders `<pipeline>-<number>`; 0 when there are none.
+fn largest_number(runs: &Path, pipeline: &str) -> Result<u64, FileError> {
+    let entries = match fs::read_dir(runs) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        other => other.map_err(FileError::on("list", runs))?,
+    };
+    let number = |name: &str| name.strip_prefix(pipeline)?.strip_prefix('-')?.parse::<u32>().ok();
+    let numbers = entries.flatten().filter_map(|entry| number(entry.file_name().to_str()?));
+    Ok(numbers.max().map_or(0, u64::from))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_go_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let runs = folder.path().join("runs");
+        assert!(RunFolder::create(&runs, "recall").unwrap().path().ends_with("recall-001"));
+        assert!(RunFolder::create(&runs, "recall").unwrap().path().ends_with("recall-002"));
+        assert!(RunFolder::create(&runs, "a/b c").unwrap().path().ends_with("a_b_c-001"));
+        fs::create_dir(runs.join("recall-1234")).unwrap();
+        let last = RunFolder::create(&runs, "recall").unwrap();
+        assert!(last.path().ends_with("recall-1235"));
+        fs::write(last.resolved(), "").unwrap();
+        assert_eq!(RunFolder::latest(&runs, "recall").unwrap(), last);
+    }
+
+    #[test]
+    fn a_folder_holds_one_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out");
+        let message = RunFolder::resume(&path).unwrap_err().to_string();
+        assert!(message.contains("holds no run to resume (there is no resolved.ron)"), "{message}");
+        let run = RunFolder::at(&path).unwrap();
+        fs::write(run.resolved(), "").unwrap();
+        let message = RunFolder::at(&path).unwrap_err().to_string();
+        assert!(message.contains("--resume") && message.contains("--out"), "{message}");
+        assert_eq!(RunFolder::resume(&path).unwrap(), run);
+        assert!(RunFolder::latest(folder.path(), "none").is_err());
+    }
+
+    #[test]
+    fn a_file_in_the_way_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, "").unwrap();
+        assert!(RunFolder::at(&file).unwrap_err().to_string().contains("cannot create the folder"));
+        assert!(RunFolder::create(&file, "x").is_err());
+    }
+}
