@@ -14,8 +14,8 @@
 
 use std::ops::Range;
 
+use super::lanes::{grain, lanes, ld_ptr, pitch, st_ptr, sum_partials};
 use super::math;
-use super::norm::lanes::{grain, lanes, ld_ptr, pitch, st_ptr, sum_partials};
 use super::simd::Simd;
 use super::threads::{parallel_for, with_scratch};
 use crate::rows::SharedSlice;

@@ -19,8 +19,8 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::lanes::{InOut, grain, lanes, ld, ld_ptr, st_ptr};
 use super::math;
-use super::norm::lanes::{InOut, grain, lanes, ld, ld_ptr, st_ptr};
 use super::simd::Simd;
 use super::threads::{parallel_for, parallel_ranges, with_scratch};
 use crate::rows::SharedSlice;

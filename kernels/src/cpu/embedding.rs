@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 
-use super::norm::lanes::{add, grain, lanes, ld, st};
+use super::lanes::{add, grain, lanes, ld, st};
 use super::threads::{parallel_for, parallel_ranges, with_scratch};
 use crate::rows::SharedSlice;
 use crate::{Rows, RowsMut, simd_fn};

@@ -12,7 +12,7 @@
 
 use std::ops::Range;
 
-use super::norm::lanes::{Partials, grain, lanes, ld, ld_ptr, pitch, st, st_ptr, sum_partials};
+use super::lanes::{Partials, grain, lanes, ld, ld_ptr, pitch, st, st_ptr, sum_partials};
 use super::simd::Simd;
 use super::threads::{parallel_for, parallel_ranges, with_scratch};
 use crate::rows::SharedSlice;
