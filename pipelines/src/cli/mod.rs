@@ -4,6 +4,7 @@ mod check;
 mod ops;
 mod plan;
 mod run;
+mod verify;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -36,6 +37,8 @@ enum Command {
     Ops(ops::Ops),
     /// Show the compiled training step of a model: launches and memory
     Plan(plan::Plan),
+    /// Compare golden files (ops, gradients, training trajectories) with this program
+    Verify(verify::Verify),
 }
 
 /// Where a model runs.
@@ -91,6 +94,7 @@ pub fn run(registry: &Arc<Registry>, arguments: impl IntoIterator<Item = OsStrin
         Command::Check(check) => check.run(registry),
         Command::Ops(ops) => ops.run(registry),
         Command::Plan(plan) => plan.run(registry),
+        Command::Verify(verify) => verify.run(registry),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,13 +1,14 @@
-//! `Text` and `Chars`: from a file, archive or address to token files.
+//! `Text`, `Chars` and `TokenFiles`: from a file, archive or address to token files.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use dataflow_graph::format::number::Real;
+use dataflow_graph::format::number::{Real, Size};
 use dataflow_graph::registry::{Info, Registry};
 use serde::{Deserialize, Serialize};
 
 use super::{Kind, Product, Run, Stage, StageError, StageRegistry};
-use crate::data::{TextSource, chars, text};
+use crate::data::{TextSource, TokenFile, TokenSplits, chars, text};
 
 /// A text from the first source that is at hand.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -54,6 +55,35 @@ impl Stage for Chars {
     }
 }
 
+/// Token files that are there already: raw little-endian 16-bit tokens, as nanoGPT's `prepare.py` writes them.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenFiles {
+    train: PathBuf,
+    validation: PathBuf,
+    /// Every token is below this; the model's vocabulary.
+    vocabulary: Size,
+}
+
+impl Stage for TokenFiles {
+    fn inputs(&self) -> &'static [Kind] {
+        &[]
+    }
+    fn output(&self) -> Kind {
+        Kind::Tokens
+    }
+    fn start(&self, _: &mut Run, _: &[&Product]) -> Result<Product, StageError> {
+        let open = |path: &Path| match TokenFile::open_bare(path, *self.vocabulary) {
+            Ok(file) => Ok(Arc::new(file)),
+            Err(error) => Err(StageError::Message(format!(
+                "{error}; nanoGPT's data/openwebtext/prepare.py makes such files, \
+                 and `train` and `validation` say where they are"
+            ))),
+        };
+        Ok(Product::Tokens(TokenSplits { train: open(&self.train)?, validation: open(&self.validation)? }))
+    }
+}
+
 pub(super) fn register(registry: &mut Registry) {
     registry.stage::<Text>(Info {
         name: "Text",
@@ -62,6 +92,14 @@ pub(super) fn register(registry: &mut Registry) {
         formula: "",
         source: "",
         example: "(from: [File(\"input.txt\")])",
+    });
+    registry.stage::<TokenFiles>(Info {
+        name: "TokenFiles",
+        about: "Token files that are there already: raw 16-bit tokens.",
+        inputs: &[],
+        formula: "",
+        source: "nanoGPT, data/openwebtext/prepare.py",
+        example: "(train: \"train.bin\", validation: \"val.bin\", vocabulary: 50304)",
     });
     registry.stage::<Chars>(Info {
         name: "Chars",
