@@ -1,3 +1,5 @@
+//! Training of the model files in small.
+
 use std::path::Path;
 use std::sync::Arc;
 
@@ -38,6 +40,7 @@ fn longhorn_learns_a_batch_by_heart() {
             without: vec![],
         };
         let compiled = compile(&request).unwrap_or_else(|e| panic!("{e}"));
+        dataflow_graph::check::check(&compiled.plan).unwrap_or_else(|e| panic!("{e}"));
         println!("{} launches, {:?}", compiled.plan.launches.len(), compiled.plan.layout.bytes);
         let device = Arc::new(CpuDevice::new(Some(2)).unwrap());
         let mut session = Session::new(device, &compiled, None).unwrap_or_else(|e| panic!("{e}"));
