@@ -7,6 +7,7 @@ use dataflow_kernels::device::{Kernel, KernelError, Target};
 use dataflow_kernels::expression::{Argument, Program};
 
 use crate::elementwise::{self, Broadcast};
+use crate::gradient::Gradient;
 use crate::op::{NodeView, Op, OpError};
 use crate::types::TensorType;
 
@@ -108,6 +109,12 @@ impl Op for SumTo {
             return Err(format!("cannot sum {} to {:?}", inputs[0], self.shape).into());
         }
         Ok(vec![TensorType::f32(self.shape.clone())])
+    }
+    fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
+        let Some(dy) = g.output_gradient(0) else { return Ok(()) };
+        let shape = Some(g.type_of(g.input(0)).shape);
+        let dx = g.emit(Elementwise { program: Program::new(1, |_, x| vec![x[0]]), shape }, &[dy])?[0];
+        g.set(0, dx)
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let rule = Broadcast::new(&self.shape, &node.inputs[0].shape).expect("checked by `infer`");

@@ -113,9 +113,13 @@ impl Mix {
 
 #[test]
 fn mixing_agrees_with_f64_on_any_threads() {
-    for (batch, len, cols, count, state) in
-        [(3, 211, 133, 4, true), (70, 3, 40, 2, false), (5, 1, 17, 1, true), (2, 600, 64, 6, false)]
-    {
+    for (batch, len, cols, count, state) in [
+        (3, 211, 133, 4, true),
+        (70, 3, 40, 2, false),
+        (5, 1, 17, 1, true),
+        (2, 600, 64, 6, false),
+        (1, 41, 1100, 3, true),
+    ] {
         let size = batch * len * cols;
         let mix = Mix {
             len,

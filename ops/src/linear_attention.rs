@@ -3,7 +3,7 @@
 
 use std::ops::RangeInclusive;
 
-use dataflow_graph::format::number::{Real, Size};
+use dataflow_graph::format::number::{Flag, Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::op::{Cost, NodeView, Op, OpError};
 use dataflow_graph::registry::{Info, Registry};
@@ -117,12 +117,30 @@ impl Op for WkvGradient {
 
 /// How retention is computed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "FormAttribute")]
 pub enum Form {
     /// With the row normaliser that upstream trains with: time grows with T^2, memory with T.
     #[default]
     Exact,
     /// Without it, in linear time; the RMS norm behind it hides the difference up to its eps.
     Chunk,
+}
+
+/// A [`Form`] as a row gives it: by name, or by a flag of `config`.
+#[derive(Deserialize)]
+enum FormAttribute {
+    Exact,
+    Chunk,
+    ExactIf(Flag),
+}
+
+impl From<FormAttribute> for Form {
+    fn from(attribute: FormAttribute) -> Self {
+        match attribute {
+            FormAttribute::Exact | FormAttribute::ExactIf(Flag(true)) => Form::Exact,
+            FormAttribute::Chunk | FormAttribute::ExactIf(Flag(false)) => Form::Chunk,
+        }
+    }
 }
 
 /// Retention (arXiv:2307.08621): `y_i = sum over j <= i of a_ij v_j / n_i` in every head, where
@@ -133,6 +151,7 @@ pub enum Form {
 #[serde(deny_unknown_fields)]
 pub struct Retention {
     heads: Size,
+    /// `Exact`, `Chunk`, or `ExactIf(flag)`, where the flag may be an expression over `config`.
     #[serde(default)]
     form: Form,
 }

@@ -1,9 +1,12 @@
 //! The compiler's main test: a plan with every optional system on gives the numbers of one with all of them off.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use common::{MODELS, SHAKESPEARE, model};
 use dataflow_graph::check::check;
 use dataflow_graph::compile::{Compiled, Request, compile};
 use dataflow_graph::components::Options;
@@ -25,13 +28,8 @@ fn registry() -> Arc<Registry> {
     Arc::new(registry)
 }
 
-/// Every model file of the project.
 fn models() -> Vec<PathBuf> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models");
-    let files = std::fs::read_dir(folder).unwrap().map(|f| f.unwrap().path());
-    let mut files: Vec<_> = files.filter(|f| f.extension().is_some_and(|e| e == "ron")).collect();
-    files.sort();
-    files
+    MODELS.iter().map(|name| model(name)).collect()
 }
 
 fn request(file: &Path, set: &[(&str, i64)], sizes: (usize, usize), training: bool) -> Request {
@@ -122,7 +120,7 @@ fn models_train_alike_with_and_without_the_systems() {
             close(&format!("{label}: losses"), &plain.0, &full.0, 1e-5);
             assert_eq!(plain.1.len(), full.1.len());
             for (name, value) in &plain.1 {
-                // an update divides gradients by their size, and with that rounding errors too
+                // an update divides a gradient by its size, and with it the rounding errors of small ones
                 let tolerance = if name.ends_with(".gradient") { 1e-5 } else { 1e-4 };
                 close(&format!("{label}: {name}"), value, &full.1[name], tolerance);
             }
@@ -164,8 +162,7 @@ fn evaluation_gives_the_loss_of_training() {
 #[test]
 fn plans_are_small() {
     for file in models() {
-        let set = [("vocab", 65), ("d_model", 384), ("n_layer", 6), ("n_head", 6), ("block", 256)];
-        let request = request(&file, &set, (8, 256), true);
+        let request = request(&file, SHAKESPEARE, (8, 256), true);
         let (full, plain) = (compiled(&request), compiled(&without(request.clone(), &optional())));
         let (layout, before) = (&full.plan.layout, &plain.plan.layout);
         println!(
@@ -181,5 +178,20 @@ fn plans_are_small() {
         assert!(layout.bytes[0] as f64 <= 1.05 * layout.live_peak_bytes as f64, "{file:?}: {layout:?}");
         assert!(full.plan.launches.len() < plain.plan.launches.len());
         assert!(layout.bytes[0] < before.bytes[0], "{file:?}");
+    }
+}
+
+#[test]
+#[ignore = "for people: the time to compile models of 120 million parameters"]
+fn compile_time() {
+    for file in models() {
+        let request = request(&file, &[], (4, 1024), true);
+        let start = std::time::Instant::now();
+        let plan = compile(&request).unwrap_or_else(|e| panic!("{e}")).plan;
+        let seconds = start.elapsed().as_secs_f64();
+        let (arena, peak) = (plan.layout.bytes[0], plan.layout.live_peak_bytes);
+        println!("{file:?}: {seconds:.3} s, arena {arena}, {} of the live peak", arena as f64 / peak as f64);
+        assert!(seconds < 0.5, "{file:?}");
+        assert!(arena as f64 <= 1.05 * peak as f64, "{file:?}");
     }
 }

@@ -1,8 +1,22 @@
 //! Trains and runs sequence models that are written as RON graphs.
 //!
-//! This package is the outermost layer: what feeds a training step ([`data`]) and what is left behind by
-//! one ([`report`]).
+//! This package is the outermost layer: what feeds a training step ([`data`]), the stages of a pipeline
+//! ([`stages`], [`pipeline`]), the training loop ([`trainer`]), what a run leaves behind ([`report`]), the
+//! comparison with golden files ([`verify`]), and the command line ([`cli`]). The compiler, the ops and the kernels are the crates `dataflow-graph`, `dataflow-ops` and
+//! `dataflow-kernels`.
 
+pub mod app;
+pub mod cli;
 pub mod data;
 pub mod files;
+pub mod pipeline;
 pub mod report;
+pub mod stages;
+pub mod trainer;
+pub mod verify;
+
+pub use app::App;
+pub use dataflow_graph as graph;
+pub use dataflow_graph::registry::{Info, Plugin, Registry};
+pub use dataflow_kernels as kernels;
+pub use dataflow_ops as ops;

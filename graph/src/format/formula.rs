@@ -145,7 +145,18 @@ impl Formula {
     /// # Errors
     /// [`FormulaError::Unknown`] or [`FormulaError::Arithmetic`]
     pub fn evaluate(&self, lookup: &dyn Fn(&str) -> Option<Number>) -> Result<Number, FormulaError> {
-        self.node(&self.root, lookup)
+        self.node(&self.root, lookup).map_err(|error| match error {
+            // the names' values tell which of them is to blame
+            FormulaError::Arithmetic { text, what } => {
+                let mut names = self.names();
+                names.sort_unstable();
+                names.dedup();
+                let values = names.iter().filter_map(|n| lookup(n).map(|v| format!("{n} = {v}"))).collect::<Vec<_>>();
+                let with = if values.is_empty() { String::new() } else { format!(" where {}", values.join(", ")) };
+                FormulaError::Arithmetic { text, what: what + &with }
+            }
+            other => other,
+        })
     }
 
     fn node(&self, node: &Node, lookup: &dyn Fn(&str) -> Option<Number>) -> Result<Number, FormulaError> {

@@ -7,16 +7,15 @@
 //!
 //! x is channel-last, so lanes run along the channels; the weights are first transposed to `[K, D]` for that. Four rows
 //! are computed at a time: a vector of each of the K + 3 rows they see is loaded once, and the weights once per four
-//! rows. Backward recomputes z (cheaper than to store it), keeps the last K - 1 rows of dz in scratch and writes dx
-//! K - 1 rows late, so x and dy are read once and dx is written once. Columns are taken in blocks, so that the rows
-//! which the next four look back to are still in L1/L2. Parallel tasks are blocks of time; a block starts by looking
-//! back K - 1 rows and, in backward, ends by computing dz K - 1 rows into the next one. Parameter gradients are summed
-//! per task, then over the tasks in order.
+//! rows; what was seen before is still in L1/L2. Backward recomputes z (cheaper than to store it), keeps the last
+//! K - 1 rows of dz in scratch and writes dx K - 1 rows late, so x and dy are read once and dx is written once.
+//! Parallel tasks are blocks of time; a block starts by looking back K - 1 rows and, in backward, ends by computing dz
+//! K - 1 rows into the next one. Parameter gradients are summed per task, then over the tasks in order.
 
 use std::ops::Range;
 
+use super::lanes::{grain, lanes, ld_ptr, pitch, st_ptr, sum_partials};
 use super::math;
-use super::norm::lanes::{grain, lanes, ld_ptr, st_ptr, sum_partials};
 use super::simd::Simd;
 use super::threads::{parallel_for, with_scratch};
 use crate::rows::SharedSlice;
@@ -56,9 +55,10 @@ pub fn forward(
     let taps = check(&conv, x, len, &window);
     check(&conv, x, len, &last_window.as_ref().map(RowsMut::as_rows));
     let blocks = Blocks::new(rows, len, grain(cols).max(32));
-    with_scratch((taps + 2) * cols, |scratch| {
-        let (weight, bias, zeros) = prepare(&conv, taps, cols, scratch);
-        let task = Task { taps, cols, len, silu: conv.silu, x, window, weight, bias, zeros };
+    let pitch = pitch(cols);
+    with_scratch((taps + 2) * pitch, |scratch| {
+        prepare(&conv, taps, cols, scratch);
+        let task = Task { taps, cols, pitch, len, silu: conv.silu, x, window, parameters: scratch };
         parallel_for(blocks.tasks, |i| forward_task(&task, &y, &blocks, i));
         if let Some(mut last) = last_window {
             for sequence in 0..rows / len {
@@ -93,26 +93,27 @@ pub fn backward(
     }
     let taps = check(&conv, x, len, &window);
     let blocks = Blocks::new(rows, len, rows.div_ceil(128).clamp(32, 256)).at_most(128);
-    let sums = (taps + 1) * cols;
-    with_scratch((taps + 2) * cols + blocks.tasks * sums, |scratch| {
-        let (scratch, parts) = scratch.split_at_mut((taps + 2) * cols);
-        let (weight, bias, zeros) = prepare(&conv, taps, cols, scratch);
-        let task = Task { taps, cols, len, silu: conv.silu, x, window, weight, bias, zeros };
+    let pitch = pitch(cols);
+    let sums = (taps + 1) * pitch;
+    with_scratch((taps + 2) * pitch + blocks.tasks * sums, |scratch| {
+        let (parameters, parts) = scratch.split_at_mut((taps + 2) * pitch);
+        prepare(&conv, taps, cols, parameters);
+        let task = Task { taps, cols, pitch, len, silu: conv.silu, x, window, parameters };
         let shared = SharedSlice::new(parts);
         parallel_for(blocks.tasks, |i| {
             // SAFETY: every task has its own range.
             let part = unsafe { shared.range(i * sums..(i + 1) * sums) };
             part.fill(0.0);
-            with_scratch((taps - 1) * cols, |dz| backward_task(&task, dy, &dx, dz, part, &blocks, i));
+            with_scratch((taps - 1) * pitch, |dz| backward_task(&task, dy, &dx, dz, part, &blocks, i));
         });
         if let Some(dbias) = dbias {
-            sum_partials(parts, blocks.tasks, sums, taps * cols, dbias);
+            sum_partials(parts, blocks.tasks, sums, taps * pitch, dbias);
         }
-        with_scratch(taps * cols, |transposed| {
+        with_scratch(taps * pitch, |transposed| {
             sum_partials(parts, blocks.tasks, sums, 0, transposed);
             for (d, to) in dweight.chunks_exact_mut(taps).enumerate() {
                 for (j, to) in to.iter_mut().enumerate() {
-                    *to = transposed[j * cols + d];
+                    *to = transposed[j * pitch + d];
                 }
             }
         });
@@ -130,21 +131,19 @@ fn check(conv: &Conv<'_>, x: Rows<'_>, len: usize, window: &Option<Rows<'_>>) ->
     taps
 }
 
-/// The transposed weight `[K, D]`, the bias and a row of zeros, in `scratch`.
-fn prepare<'a>(conv: &Conv<'_>, taps: usize, cols: usize, scratch: &'a mut [f32]) -> (&'a [f32], &'a [f32], &'a [f32]) {
-    let (weight, rest) = scratch.split_at_mut(taps * cols);
-    let (bias, zeros) = rest.split_at_mut(cols);
+/// Writes the transposed weight `[K, D]`, the bias and a row of zeros.
+fn prepare(conv: &Conv<'_>, taps: usize, cols: usize, parameters: &mut [f32]) {
+    let pitch = pitch(cols);
     for (d, from) in conv.weight.chunks_exact(taps).enumerate() {
         for (j, &w) in from.iter().enumerate() {
-            weight[j * cols + d] = w;
+            parameters[j * pitch + d] = w;
         }
     }
     match conv.bias {
-        Some(b) => bias.copy_from_slice(b),
-        None => bias.fill(0.0),
+        Some(b) => parameters[taps * pitch..][..cols].copy_from_slice(b),
+        None => parameters[taps * pitch..][..cols].fill(0.0),
     }
-    zeros.fill(0.0);
-    (weight, bias, zeros)
+    parameters[(taps + 1) * pitch..][..cols].fill(0.0);
 }
 
 /// How sequences are split into blocks of time, and blocks into parallel tasks; by sizes alone.
@@ -190,13 +189,13 @@ impl Blocks {
 struct Task<'a> {
     taps: usize,
     cols: usize,
+    pitch: usize,
     len: usize,
     silu: bool,
     x: Rows<'a>,
     window: Option<Rows<'a>>,
-    weight: &'a [f32],
-    bias: &'a [f32],
-    zeros: &'a [f32],
+    /// What [`prepare`] writes, rows of `pitch`.
+    parameters: &'a [f32],
 }
 
 impl<'a> Task<'a> {
@@ -206,8 +205,13 @@ impl<'a> Task<'a> {
         match self.window {
             _ if t >= 0 => self.x.row(sequence * self.len + t as usize),
             Some(window) => window.row(((sequence + 1) * (self.taps - 1)).checked_add_signed(t).unwrap()),
-            None => self.zeros,
+            None => self.zeros(),
         }
+    }
+
+    #[inline(always)]
+    fn zeros(&self) -> &'a [f32] {
+        &self.parameters[(self.taps + 1) * self.pitch..][..self.cols]
     }
 }
 
@@ -215,9 +219,6 @@ impl<'a> Task<'a> {
 const TILE: usize = 4;
 /// Rows that a tile sees at most.
 const SEEN: usize = TILE + MAX_TAPS - 1;
-/// Columns of a block.
-const COLUMNS: usize = 512;
-
 /// `$function::<S, K>(..)` for the task's K.
 macro_rules! with_taps {
     ($taps:expr, $function:ident($($arg:expr),*)) => {
@@ -253,25 +254,17 @@ simd_fn! {
     }
 }
 
-/// The columns in blocks.
-#[inline(always)]
-fn column_blocks(cols: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..cols).step_by(COLUMNS).map(move |from| from..(from + COLUMNS).min(cols))
-}
-
 #[inline(always)]
 fn forward_blocks<S: Simd, const K: usize>(s: S, task: &Task<'_>, y: &RowsMut<'_>, blocks: &Blocks, i: usize) {
     for (sequence, range) in blocks.of(i) {
-        for columns in column_blocks(task.cols) {
-            let mut t = range.start;
-            while t < range.end {
-                if t + TILE <= range.end {
-                    forward_tile::<S, K, TILE>(s, task, y, sequence, t, columns.clone());
-                    t += TILE;
-                } else {
-                    forward_tile::<S, K, 1>(s, task, y, sequence, t, columns.clone());
-                    t += 1;
-                }
+        let mut t = range.start;
+        while t < range.end {
+            if t + TILE <= range.end {
+                forward_tile::<S, K, TILE>(s, task, y, sequence, t);
+                t += TILE;
+            } else {
+                forward_tile::<S, K, 1>(s, task, y, sequence, t);
+                t += 1;
             }
         }
     }
@@ -284,69 +277,57 @@ fn forward_tile<S: Simd, const K: usize, const R: usize>(
     y: &RowsMut<'_>,
     sequence: usize,
     t: usize,
-    columns: Range<usize>,
 ) {
-    let x = seen::<K, R>(task, sequence, t, columns.start);
-    let mut out = [std::ptr::null_mut(); R];
-    for (r, out) in out.iter_mut().enumerate() {
-        // SAFETY: this task alone has these rows.
-        *out = unsafe { y.shared_row(sequence * task.len + t + r)[columns.clone()].as_mut_ptr() };
-    }
-    let (weight, bias) = (task.weight[columns.start..].as_ptr(), task.bias[columns.clone()].as_ptr());
-    lanes!(S, columns.len(), |i, n| {
-        // SAFETY: every row has `columns.len()` elements from the pointer on, weight K rows of `cols`.
+    let x = seen::<K, R>(task, sequence, t);
+    // SAFETY: this task alone has these rows.
+    let out: [_; R] = std::array::from_fn(|r| unsafe { y.shared_row(sequence * task.len + t + r).as_mut_ptr() });
+    lanes!(S, task.cols, |i, n| {
+        // SAFETY: every row has `cols` elements.
         unsafe {
-            let (w, rows) = load::<S, K, R>(s, weight.add(i), task.cols, &x, i, n);
-            let mut z = [s.zero(); R];
+            let (w, bias, rows) = load::<S, K, R>(s, task, &x, i, n);
+            let z: [S::F; R] = std::array::from_fn(|r| taps::<S, K>(s, bias, &w, &rows[r..]));
             for r in 0..R {
-                z[r] = taps::<S, K>(s, ld_ptr(s, bias.add(i), n), &w, &rows[r..]);
-            }
-            for r in 0..R {
-                let v = if task.silu { s.mul(z[r], math::sigmoid(s, z[r])) } else { z[r] };
+                let v = if task.silu { math::silu(s, z[r]) } else { z[r] };
                 st_ptr(s, out[r].add(i), n, v);
             }
         }
     });
 }
 
-/// Where the K - 1 rows before row t and the R from it on start, at a column.
+/// The K - 1 rows before row t and the R from it on.
 #[inline(always)]
-fn seen<const K: usize, const R: usize>(
-    task: &Task<'_>,
-    sequence: usize,
-    t: usize,
-    column: usize,
-) -> [*const f32; SEEN] {
+fn seen<const K: usize, const R: usize>(task: &Task<'_>, sequence: usize, t: usize) -> [*const f32; SEEN] {
     let mut rows = [std::ptr::null(); SEEN];
     for (i, row) in rows[..R + K - 1].iter_mut().enumerate() {
-        *row = task.row(sequence, (t + i) as isize - (K - 1) as isize)[column..].as_ptr();
+        *row = task.row(sequence, (t + i) as isize - (K - 1) as isize).as_ptr();
     }
     rows
 }
 
-/// A vector of every tap and of every row seen.
+/// A vector of every tap, of the bias, and of every row seen.
 ///
 /// # Safety
-/// `n` elements must be readable at the weight's K rows and at element i of R + K - 1 rows of x.
+/// `n` elements must be readable at element i of R + K - 1 rows of x, `i + n <= cols`.
 #[inline(always)]
 unsafe fn load<S: Simd, const K: usize, const R: usize>(
     s: S,
-    weight: *const f32,
-    cols: usize,
+    task: &Task<'_>,
     x: &[*const f32; SEEN],
     i: usize,
     n: usize,
-) -> ([S::F; MAX_TAPS], [S::F; SEEN]) {
+) -> ([S::F; MAX_TAPS], S::F, [S::F; SEEN]) {
     let (mut w, mut rows) = ([s.zero(); MAX_TAPS], [s.zero(); SEEN]);
-    for (j, w) in w[..K].iter_mut().enumerate() {
-        // SAFETY: the caller's promise.
-        *w = unsafe { ld_ptr(s, weight.add(j * cols), n) };
+    let parameters = task.parameters.as_ptr();
+    // SAFETY: the caller's promise; the parameters have K + 2 rows of `pitch`.
+    unsafe {
+        for j in 0..K {
+            w[j] = ld_ptr(s, parameters.add(j * task.pitch + i), n);
+        }
+        for j in 0..R + K - 1 {
+            rows[j] = ld_ptr(s, x[j].add(i), n);
+        }
+        (w, ld_ptr(s, parameters.add(K * task.pitch + i), n), rows)
     }
-    for j in 0..R + K - 1 {
-        // SAFETY: as above.
-        rows[j] = unsafe { ld_ptr(s, x[j].add(i), n) };
-    }
-    (w, rows)
 }
 
 /// `start + sum_j w[j] x[j]`
@@ -384,19 +365,17 @@ fn backward_blocks<S: Simd, const K: usize>(
 ) {
     for (sequence, range) in blocks.of(i) {
         dz.fill(0.0);
-        for columns in column_blocks(task.cols) {
-            let mut t = range.start;
-            while t < range.end + K - 1 {
-                if t + 1 >= range.start + K && t + TILE <= range.end {
-                    let all = Part { write: true, accumulate: true, flush: false };
-                    backward_tile::<S, K, TILE>(s, task, dy, dx, dz, sums, sequence, t, columns.clone(), all);
-                    t += TILE;
-                } else {
-                    let part =
-                        Part { write: t + 1 >= range.start + K, accumulate: t < range.end, flush: t >= task.len };
-                    backward_tile::<S, K, 1>(s, task, dy, dx, dz, sums, sequence, t, columns.clone(), part);
-                    t += 1;
-                }
+        let mut t = range.start;
+        while t < range.end + K - 1 {
+            let write = t + 1 >= range.start + K;
+            if write && t + TILE <= range.end {
+                let all = Part { write: true, accumulate: true, flush: false };
+                backward_tile::<S, K, TILE>(s, task, dy, dx, dz, sums, sequence, t, all);
+                t += TILE;
+            } else {
+                let part = Part { write, accumulate: t < range.end, flush: t >= task.len };
+                backward_tile::<S, K, 1>(s, task, dy, dx, dz, sums, sequence, t, part);
+                t += 1;
             }
         }
     }
@@ -413,42 +392,34 @@ fn backward_tile<S: Simd, const K: usize, const R: usize>(
     sums: &mut [f32],
     sequence: usize,
     t: usize,
-    columns: Range<usize>,
     part: Part,
 ) {
-    let cols = task.cols;
-    let first = sequence * task.len;
-    let zeros = task.zeros.as_ptr();
+    let (first, pitch) = (sequence * task.len, task.pitch);
+    let zeros = task.zeros().as_ptr();
     let (mut x, mut d, mut out) = ([zeros; SEEN], [zeros; R], [std::ptr::null_mut(); R]);
     if !part.flush {
-        x = seen::<K, R>(task, sequence, t, columns.start);
-        for (r, d) in d.iter_mut().enumerate() {
-            *d = dy.row(first + t + r)[columns.clone()].as_ptr();
-        }
+        x = seen::<K, R>(task, sequence, t);
+        d = std::array::from_fn(|r| dy.row(first + t + r).as_ptr());
     }
     if part.write {
-        for (r, out) in out.iter_mut().enumerate() {
-            // SAFETY: this task alone has these rows.
-            *out = unsafe { dx.shared_row(first + t + r + 1 - K)[columns.clone()].as_mut_ptr() };
-        }
+        // SAFETY: this task alone has these rows.
+        out = std::array::from_fn(|r| unsafe { dx.shared_row(first + t + r + 1 - K).as_mut_ptr() });
     }
-    let (weight, bias) = (task.weight[columns.start..].as_ptr(), task.bias[columns.clone()].as_ptr());
-    assert!(dz.len() >= (K - 1) * cols && sums.len() >= (K + 1) * cols);
-    let (dz, sums) = (dz.as_mut_ptr().wrapping_add(columns.start), sums.as_mut_ptr().wrapping_add(columns.start));
-    lanes!(S, columns.len(), |i, n| {
-        // SAFETY: every row has `columns.len()` elements from the pointer on; weight has K rows of `cols`, dz K - 1,
-        // sums K + 1, checked above.
+    assert!(dz.len() >= (K - 1) * pitch && sums.len() >= (K + 1) * pitch);
+    let (dz, sums) = (dz.as_mut_ptr(), sums.as_mut_ptr());
+    lanes!(S, task.cols, |i, n| {
+        // SAFETY: every row has `cols` elements; dz has K - 1 rows of `pitch`, sums K + 1, checked above.
         unsafe {
-            let (w, rows) = load::<S, K, R>(s, weight.add(i), cols, &x, i, n);
+            let (w, bias, rows) = load::<S, K, R>(s, task, &x, i, n);
             // dz of the rows t - K + 1 .. t + R
             let mut window = [s.zero(); SEEN];
             for m in 0..K - 1 {
-                window[m] = ld_ptr(s, dz.add(m * cols + i), n);
+                window[m] = ld_ptr(s, dz.add(m * pitch + i), n);
             }
             for r in 0..R {
                 let grad = ld_ptr(s, d[r].add(i), n);
                 window[K - 1 + r] = if task.silu {
-                    let z = taps::<S, K>(s, ld_ptr(s, bias.add(i), n), &w, &rows[r..]);
+                    let z = taps::<S, K>(s, bias, &w, &rows[r..]);
                     let sigmoid = math::sigmoid(s, z);
                     // silu'(z) = sigmoid (1 + z (1 - sigmoid))
                     let slope = s.fma(z, s.fnma(sigmoid, sigmoid, sigmoid), sigmoid);
@@ -467,18 +438,18 @@ fn backward_tile<S: Simd, const K: usize, const R: usize>(
                 }
             }
             for m in 0..K - 1 {
-                st_ptr(s, dz.add(m * cols + i), n, window[R + m]);
+                st_ptr(s, dz.add(m * pitch + i), n, window[R + m]);
             }
             if part.accumulate {
                 for j in 0..K {
-                    let at = sums.add(j * cols + i);
+                    let at = sums.add(j * pitch + i);
                     let mut sum = ld_ptr(s, at, n);
                     for r in 0..R {
                         sum = s.fma(window[K - 1 + r], rows[r + j], sum);
                     }
                     st_ptr(s, at, n, sum);
                 }
-                let at = sums.add(K * cols + i);
+                let at = sums.add(K * pitch + i);
                 let mut sum = ld_ptr(s, at, n);
                 for r in 0..R {
                     sum = s.add(sum, window[K - 1 + r]);

@@ -19,8 +19,8 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::lanes::{InOut, grain, lanes, ld, ld_ptr, st_ptr};
 use super::math;
-use super::norm::lanes::{InOut, grain, lanes, ld, ld_ptr, st_ptr};
 use super::simd::Simd;
 use super::threads::{parallel_for, parallel_ranges, with_scratch};
 use crate::rows::SharedSlice;
@@ -228,8 +228,7 @@ simd_fn! {
             lanes!(S, rows.cols, |i, n| {
                 // SAFETY: as above; an element is read before it is written.
                 unsafe {
-                    let v = s.sub(ld_ptr(s, x.add(i), n), shift);
-                    let e = s.select(s.eq(v, v), math::exp(s, v), v);
+                    let e = math::exp_nonpositive(s, s.sub(ld_ptr(s, x.add(i), n), shift));
                     st_ptr(s, y.add(i), n, s.mul(e, factor));
                 }
             });
@@ -333,11 +332,10 @@ fn block_max<S: Simd>(s: S, x: &[f32]) -> f32 {
     s.max_lane(s.max(s.max(a, b), s.max(c, d)))
 }
 
-/// `e^(v - shift)`, NaN where v is NaN, 0 in the lanes from n on.
+/// `e^(v - shift)`, 0 in the lanes from n on.
 #[inline(always)]
 fn exp_shifted<S: Simd>(s: S, v: S::F, shift: S::F, n: usize) -> S::F {
-    let v = s.sub(v, shift);
-    let e = s.select(s.eq(v, v), math::exp(s, v), v);
+    let e = math::exp_nonpositive(s, s.sub(v, shift));
     if n == S::LANES { e } else { s.select(before(s, n), e, s.zero()) }
 }
 

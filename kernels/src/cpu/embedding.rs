@@ -8,8 +8,9 @@
 
 use std::ops::Range;
 
-use super::norm::lanes::{add, grain, lanes, ld, st};
+use super::lanes::{add, grain, lanes, ld, st};
 use super::threads::{parallel_for, parallel_ranges, with_scratch};
+use crate::rows::SharedSlice;
 use crate::{Rows, RowsMut, simd_fn};
 
 /// An id that is no row of the table.
@@ -52,8 +53,10 @@ pub fn forward(ids: &[i32], weight: &[f32], out: RowsMut<'_>) -> Result<(), IdOu
     Ok(())
 }
 
-/// Columns of a task.
-const COLUMNS: usize = 512;
+/// Rows of a small vocabulary, of which single ones have many positions, are split into columns.
+fn columns_per_task(vocabulary: usize, cols: usize) -> usize {
+    if vocabulary < 1024 { 512.min(cols) } else { cols }
+}
 
 /// `dweight[v]` = the sum of `dy[n]` over the positions n with `ids[n] = v`; dy `[N, C]`, dweight `[V, C]`.
 pub fn backward(ids: &[i32], dy: Rows<'_>, dweight: &mut [f32]) -> Result<(), IdOutOfRange> {
@@ -65,11 +68,12 @@ pub fn backward(ids: &[i32], dy: Rows<'_>, dweight: &mut [f32]) -> Result<(), Id
     assert!(dweight.len().is_multiple_of(cols));
     let vocabulary = dweight.len() / cols;
     check(ids, vocabulary)?;
-    let dweight = RowsMut::contiguous(dweight, cols);
     // a row that is only zeroed costs about half of one position
     let cost = 2 * ids.len() + vocabulary;
     let tasks = cost.div_ceil((cost / 64).max(64));
-    let blocks = cols.div_ceil(COLUMNS);
+    let width = columns_per_task(vocabulary, cols);
+    let blocks = cols.div_ceil(width);
+    let dweight = SharedSlice::new(dweight);
     with_scratch(vocabulary + 1 + ids.len() + tasks + 1, |scratch| {
         let scratch = as_u32(scratch);
         let (starts, rest) = scratch.split_at_mut(vocabulary + 1);
@@ -79,12 +83,22 @@ pub fn backward(ids: &[i32], dy: Rows<'_>, dweight: &mut [f32]) -> Result<(), Id
         let (starts, order, bounds) = (&*starts, &*order, &*bounds);
         parallel_for(tasks * blocks, |task| {
             let (part, block) = (task / blocks, task % blocks);
-            let columns = block * COLUMNS..((block + 1) * COLUMNS).min(cols);
-            for v in bounds[part] as usize..bounds[part + 1] as usize {
+            let columns = block * width..((block + 1) * width).min(cols);
+            let (mut v, end) = (bounds[part] as usize, bounds[part + 1] as usize);
+            while v < end {
                 let positions = &order[starts[v] as usize..starts[v + 1] as usize];
-                // SAFETY: this task alone has these columns of row v.
-                let mut out = unsafe { dweight.shared_block(v..v + 1, columns.clone()) };
-                sum_rows(dy, columns.clone(), positions, out.row(0));
+                // whole rows without positions are zeroed together: a long fill need not read memory first
+                let run = if width == cols { (v..end).take_while(|&v| starts[v + 1] == starts[v]).count() } else { 0 };
+                // SAFETY: this task alone has these columns of the rows before `end`.
+                unsafe {
+                    if run > 0 {
+                        dweight.range(v * cols..(v + run) * cols).fill(0.0);
+                    } else {
+                        let out = dweight.range(v * cols + columns.start..v * cols + columns.end);
+                        sum_rows(dy, columns.clone(), positions, out);
+                    }
+                }
+                v += run.max(1);
             }
         });
     });

@@ -11,6 +11,7 @@ pub mod cross_entropy;
 pub mod embedding;
 pub mod gla;
 pub mod interpreter;
+mod lanes;
 pub mod longhorn;
 pub mod math;
 pub mod matmul;

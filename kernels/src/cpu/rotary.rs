@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use super::norm::lanes::{InOut, grain, lanes, ld, ld_ptr, st_ptr};
+use super::lanes::{InOut, grain, lanes, ld, ld_ptr, st_ptr};
 use super::threads::parallel_ranges;
 use crate::{Rows, RowsMut, simd_fn};
 

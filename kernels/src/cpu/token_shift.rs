@@ -12,7 +12,7 @@
 
 use std::ops::Range;
 
-use super::norm::lanes::{Partials, grain, lanes, ld, ld_ptr, st, st_ptr, sum_partials};
+use super::lanes::{Partials, grain, lanes, ld, ld_ptr, pitch, st, st_ptr, sum_partials};
 use super::simd::Simd;
 use super::threads::{parallel_for, parallel_ranges, with_scratch};
 use crate::rows::SharedSlice;
@@ -98,7 +98,8 @@ pub fn mix_backward(
     check_sequences(rows, cols, len, &dstate.as_ref().map(RowsMut::as_rows));
     let task = MixBackward { x, len, state, mixes, dys, dx, dstate };
     let blocks = Partials::new(rows);
-    let sums = count * cols;
+    let pitch = pitch(cols);
+    let sums = count * pitch;
     with_scratch(blocks.count * sums, |scratch| {
         let shared = SharedSlice::new(scratch);
         parallel_for(blocks.count, |block| {
@@ -106,13 +107,13 @@ pub fn mix_backward(
             let dmix = unsafe { shared.range(block * sums..(block + 1) * sums) };
             dmix.fill(0.0);
             with_scratch(2 * cols, |scratch| {
-                let (zeros, ahead) = scratch.split_at_mut(cols);
+                let (zeros, held) = scratch.split_at_mut(cols);
                 zeros.fill(0.0);
-                mix_backward_task(&task, blocks.range(block), zeros, ahead, dmix);
+                mix_backward_task(&task, blocks.range(block), zeros, held, dmix);
             });
         });
         for (j, dmix) in dmixes.iter_mut().enumerate() {
-            sum_partials(scratch, blocks.count, sums, j * cols, dmix);
+            sum_partials(scratch, blocks.count, sums, j * pitch, dmix);
         }
     });
 }
@@ -175,77 +176,95 @@ simd_fn! {
         task: &MixBackward<'_>,
         range: Range<usize>,
         zeros: &[f32],
-        ahead: &mut [f32],
+        held: &mut [f32],
         dmix: &mut [f32],
     ) {
         match task.mixes.len() {
-            0 => mix_rows_backward::<S, 0>(s, task, range, zeros, ahead, dmix),
-            1 => mix_rows_backward::<S, 1>(s, task, range, zeros, ahead, dmix),
-            2 => mix_rows_backward::<S, 2>(s, task, range, zeros, ahead, dmix),
-            3 => mix_rows_backward::<S, 3>(s, task, range, zeros, ahead, dmix),
-            4 => mix_rows_backward::<S, 4>(s, task, range, zeros, ahead, dmix),
-            5 => mix_rows_backward::<S, 5>(s, task, range, zeros, ahead, dmix),
-            6 => mix_rows_backward::<S, 6>(s, task, range, zeros, ahead, dmix),
-            7 => mix_rows_backward::<S, 7>(s, task, range, zeros, ahead, dmix),
-            _ => mix_rows_backward::<S, 8>(s, task, range, zeros, ahead, dmix),
+            0 => mix_rows_backward::<S, 0>(s, task, range, zeros, held, dmix),
+            1 => mix_rows_backward::<S, 1>(s, task, range, zeros, held, dmix),
+            2 => mix_rows_backward::<S, 2>(s, task, range, zeros, held, dmix),
+            3 => mix_rows_backward::<S, 3>(s, task, range, zeros, held, dmix),
+            4 => mix_rows_backward::<S, 4>(s, task, range, zeros, held, dmix),
+            5 => mix_rows_backward::<S, 5>(s, task, range, zeros, held, dmix),
+            6 => mix_rows_backward::<S, 6>(s, task, range, zeros, held, dmix),
+            7 => mix_rows_backward::<S, 7>(s, task, range, zeros, held, dmix),
+            _ => mix_rows_backward::<S, 8>(s, task, range, zeros, held, dmix),
         }
     }
 }
 
-/// From the last row to the first: `ahead` is what the next row gives back to this one.
+/// Columns taken at a time.
+const COLUMNS: usize = 1024;
+
+/// Every row's own part of dx is `held` until the row after it has added its part.
 #[inline(always)]
 fn mix_rows_backward<S: Simd, const J: usize>(
     s: S,
     task: &MixBackward<'_>,
     range: Range<usize>,
     zeros: &[f32],
-    ahead: &mut [f32],
+    held: &mut [f32],
     dmix: &mut [f32],
 ) {
     let MixBackward { x, len, state, mixes, dys, .. } = *task;
     let cols = x.cols();
-    assert!(dmix.len() == J * cols && ahead.len() == cols);
-    let (dmix, mixes): (_, [&[f32]; J]) = (dmix.as_mut_ptr(), std::array::from_fn(|j| mixes[j]));
-    ahead.fill(0.0);
-    if range.end < x.rows() && !range.end.is_multiple_of(len) {
-        for (mix, dy) in mixes.iter().zip(dys) {
-            let dy = dy.row(range.end);
-            lanes!(S, cols, |i, n| {
-                // SAFETY: all have `cols` elements.
+    let pitch = pitch(cols);
+    assert!(dmix.len() == J * pitch && held.len() == cols);
+    for from in (0..cols).step_by(COLUMNS) {
+        let columns = from..(from + COLUMNS).min(cols);
+        let width = columns.len();
+        let mixes: [&[f32]; J] = std::array::from_fn(|j| &mixes[j][columns.clone()]);
+        let sums: [*mut f32; J] = std::array::from_fn(|j| dmix[j * pitch + from..].as_mut_ptr());
+        let held = &mut held[columns.clone()];
+        for r in range.clone() {
+            let (now, prev) = (&x.row(r)[columns.clone()], &previous(x, len, state, zeros, r)[columns.clone()]);
+            let dys: [&[f32]; J] = std::array::from_fn(|j| &dys[j].row(r)[columns.clone()]);
+            let first = r % len == 0;
+            // SAFETY: this task alone has the rows of its block, and the state of the sequences that start there.
+            let mut before = (r > range.start).then(|| unsafe { &mut task.dx.shared_row(r - 1)[columns.clone()] });
+            let mut dstate = match &task.dstate {
+                // SAFETY: as above.
+                Some(dstate) if first => Some(unsafe { &mut dstate.shared_row(r / len)[columns.clone()] }),
+                _ => None,
+            };
+            lanes!(S, width, |i, n| {
+                // SAFETY: all have `width` elements.
                 unsafe {
-                    let v = s.fma(ld(s, dy, i, n), ld(s, mix, i, n), ld(s, ahead, i, n));
-                    st(s, ahead, i, n, v);
+                    let change = s.sub(ld(s, prev, i, n), ld(s, now, i, n));
+                    let (mut to_now, mut to_prev) = (s.zero(), s.zero());
+                    for j in 0..J {
+                        let d = ld(s, dys[j], i, n);
+                        let back = s.mul(d, ld(s, mixes[j], i, n));
+                        to_prev = s.add(to_prev, back);
+                        to_now = s.add(to_now, s.sub(d, back));
+                        st_ptr(s, sums[j].add(i), n, s.fma(d, change, ld_ptr(s, sums[j].add(i), n)));
+                    }
+                    if let Some(dx) = &mut before {
+                        let all = if first { ld(s, held, i, n) } else { s.add(ld(s, held, i, n), to_prev) };
+                        st(s, dx, i, n, all);
+                    }
+                    if let Some(dstate) = &mut dstate {
+                        st(s, dstate, i, n, to_prev);
+                    }
+                    st(s, held, i, n, to_now);
                 }
             });
         }
-    }
-    for r in range.rev() {
-        let (now, prev) = (x.row(r), previous(x, len, state, zeros, r));
-        let dys: [&[f32]; J] = std::array::from_fn(|j| dys[j].row(r));
-        // SAFETY: this task alone has row r.
-        let dx = unsafe { task.dx.shared_row(r) };
-        let last = r % len == len - 1;
-        lanes!(S, cols, |i, n| {
-            // SAFETY: all have `cols` elements, dmix `cols` for every j.
-            unsafe {
-                let change = s.sub(ld(s, prev, i, n), ld(s, now, i, n));
-                let (mut to_now, mut to_prev) = (s.zero(), s.zero());
-                for j in 0..J {
-                    let d = ld(s, dys[j], i, n);
-                    let back = s.mul(d, ld(s, mixes[j], i, n));
-                    to_prev = s.add(to_prev, back);
-                    to_now = s.add(to_now, s.sub(d, back));
-                    let sum = dmix.add(j * cols + i);
-                    st_ptr(s, sum, n, s.fma(d, change, ld_ptr(s, sum, n)));
+        if range.end < x.rows() && !range.end.is_multiple_of(len) {
+            // summed as above, so that the result does not depend on where blocks end
+            let dys: [&[f32]; J] = std::array::from_fn(|j| &dys[j].row(range.end)[columns.clone()]);
+            lanes!(S, width, |i, n| {
+                // SAFETY: all have `width` elements.
+                unsafe {
+                    let mut to_prev = s.zero();
+                    for j in 0..J {
+                        to_prev = s.add(to_prev, s.mul(ld(s, dys[j], i, n), ld(s, mixes[j], i, n)));
+                    }
+                    st(s, held, i, n, s.add(ld(s, held, i, n), to_prev));
                 }
-                let next = if last { s.zero() } else { ld(s, ahead, i, n) };
-                st(s, dx, i, n, s.add(to_now, next));
-                st(s, ahead, i, n, to_prev);
-            }
-        });
-        if let (0, Some(dstate)) = (r % len, &task.dstate) {
-            // SAFETY: this task alone has the first row of this sequence.
-            unsafe { dstate.shared_row(r / len) }.copy_from_slice(ahead);
+            });
         }
+        // SAFETY: the last row of this task's block.
+        unsafe { &mut task.dx.shared_row(range.end - 1)[columns] }.copy_from_slice(held);
     }
 }

@@ -99,7 +99,7 @@ impl Draw {
 }
 
 /// Gives batches.
-pub trait BatchSource: Send {
+pub trait BatchSource: Send + Sync {
     /// How many sequences and tokens per sequence ([`Batch::batch`], [`Batch::block`]).
     fn shape(&self) -> (usize, usize);
 

@@ -5,7 +5,7 @@ use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::{self, JoinHandle};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam::channel::{Receiver, Sender, bounded};
 
 use super::batch::{Batch, BatchError, BatchSource, Draw};
 

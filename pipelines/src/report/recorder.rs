@@ -2,7 +2,7 @@
 
 use std::thread::{self, JoinHandle};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam::channel::{Receiver, Sender, bounded};
 
 use super::{ReportError, Row};
 use crate::data::prefetch::message_of;

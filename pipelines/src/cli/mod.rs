@@ -1,0 +1,156 @@
+//! The command line.
+
+mod check;
+mod ops;
+mod plan;
+mod run;
+mod verify;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Args, Parser, Subcommand};
+use dataflow_graph::diagnostic::{Diagnostic, Errors};
+use dataflow_graph::format::formula::Number;
+use dataflow_graph::format::number::Scope;
+use dataflow_graph::registry::Registry;
+use dataflow_kernels::device::{CpuDevice, Device};
+use std::io::IsTerminal;
+
+/// Train and run sequence models that are written as graphs.
+#[derive(Parser)]
+#[command(name = "dataflow", version, about, long_about = None, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a pipeline: prepare data, train, evaluate, write the run folder
+    Run(run::Run),
+    /// Parse, expand and infer models and pipelines; print every error at once
+    Check(check::Check),
+    /// List the registered ops and stages, or describe one
+    Ops(ops::Ops),
+    /// Show the compiled training step of a model: launches and memory
+    Plan(plan::Plan),
+    /// Compare golden files (ops, gradients, training trajectories) with this program
+    Verify(verify::Verify),
+}
+
+/// Where a model runs.
+#[derive(Args)]
+struct DeviceArgs {
+    /// The device: cpu
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Threads of the CPU; all processors by default. Results do not depend on it
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+}
+
+impl DeviceArgs {
+    fn open(&self) -> Result<Arc<dyn Device>, Errors> {
+        match self.device.as_str() {
+            "cpu" => {
+                let device = CpuDevice::new(self.threads.map(usize::from)).map_err(Diagnostic::new)?;
+                Ok(Arc::new(device))
+            }
+            other => Err(Diagnostic::new(format!("there is no device `{other}`")).help("there is: cpu").into()),
+        }
+    }
+}
+
+/// `--set name=value` for the config of a model.
+fn config_settings(settings: &[String]) -> Result<BTreeMap<String, Number>, Errors> {
+    let mut config = BTreeMap::new();
+    for setting in settings {
+        let wrong = |what: String| Diagnostic::new(format!("--set {setting}: {what}"));
+        let (name, value) = setting.split_once('=').ok_or_else(|| wrong("write --set name=value".into()))?;
+        let value = match value.trim() {
+            "true" => Number::Int(1),
+            "false" => Number::Int(0),
+            value => Scope::default().evaluate(value).map_err(wrong)?,
+        };
+        config.insert(name.trim().to_string(), value);
+    }
+    Ok(config)
+}
+
+/// Runs the command line `arguments`, of which the first is the program's name.
+pub fn run(registry: &Arc<Registry>, arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
+        }
+    };
+    let done = match cli.command {
+        Command::Run(run) => run.run(registry),
+        Command::Check(check) => check.run(registry),
+        Command::Ops(ops) => ops.run(registry),
+        Command::Plan(plan) => plan.run(registry),
+        Command::Verify(verify) => verify.run(registry),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(errors) => {
+            report(&errors);
+            ExitCode::from(1)
+        }
+    }
+}
+
+/// Shows errors: with the lines of the file on a terminal, one line each elsewhere.
+fn report(errors: &Errors) {
+    let fancy = std::io::stderr().is_terminal();
+    for error in &errors.0 {
+        if fancy && error.span.is_some() {
+            eprintln!("{:?}", miette::Report::new(error.clone()));
+        } else {
+            eprintln!("error: {error}");
+            if let Some(help) = &error.help {
+                eprintln!("  help: {help}");
+            }
+        }
+    }
+}
+
+/// Prints to standard output; a closed pipe ends the program quietly.
+fn print(text: &str) {
+    use std::io::Write;
+    if std::io::stdout().write_all(text.as_bytes()).is_err() {
+        std::process::exit(0);
+    }
+}
+
+/// Prints a value as one JSON object.
+fn print_json(value: &serde_json::Value) {
+    print(&format!("{value}\n"));
+}
+
+/// `1234567` as `1,234,567`.
+fn thousands(n: usize) -> String {
+    let digits = n.to_string();
+    let mut out = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn numbers_are_grouped() {
+        assert_eq!(super::thousands(123_587_328), "123,587,328");
+        assert_eq!(super::thousands(12), "12");
+    }
+}

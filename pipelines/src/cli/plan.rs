@@ -1,0 +1,127 @@
+//! `dataflow plan MODEL`
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use dataflow_graph::compile::{Request, compile};
+use dataflow_graph::components::Options;
+use dataflow_graph::diagnostic::Errors;
+use dataflow_graph::format::model::ModelFile;
+use dataflow_graph::plan::PlannedLaunch;
+use dataflow_graph::registry::Registry;
+use dataflow_kernels::device::{Operand, Region};
+use dataflow_ops::loss::CrossEntropy;
+use dataflow_ops::optimizer::{AdamW, Schedule};
+use serde_json::json;
+
+use super::{config_settings, print, print_json, thousands};
+
+#[derive(Args)]
+pub(super) struct Plan {
+    /// A model file, such as models/longhorn.ron
+    model: PathBuf,
+    /// Sequences in a batch
+    #[arg(long, value_name = "B", value_parser = clap::value_parser!(u32).range(1..))]
+    batch: u32,
+    /// Tokens in a sequence
+    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..))]
+    block: u32,
+    /// Change the config of the model; may be repeated
+    #[arg(long, value_name = "NAME=VALUE")]
+    set: Vec<String>,
+    /// Leave a system of the compiler out; may be repeated
+    #[arg(long, value_name = "SYSTEM")]
+    without: Vec<String>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+impl Plan {
+    pub(super) fn run(self, registry: &Arc<Registry>) -> Result<(), Errors> {
+        let model = Arc::new(ModelFile::read(&self.model)?);
+        let mut config = config_settings(&self.set)?;
+        config.entry("block".into()).or_insert(dataflow_graph::format::formula::Number::Int(self.block.into()));
+        let scope = model.config(&config)?;
+        let adamw =
+            AdamW { schedule: Schedule::Constant(1e-3), betas: (0.9, 0.99), eps: 1e-8, decay: 0.1, clip: Some(1.0) };
+        let options = Options {
+            batch: self.batch as usize,
+            block: self.block as usize,
+            micro_batches: 1,
+            seed: 0,
+            training: true,
+        };
+        let request = |without: Vec<String>| Request {
+            registry: registry.clone(),
+            model: model.clone(),
+            scope: scope.clone(),
+            options: options.clone(),
+            objectives: vec![("loss".into(), Arc::new(CrossEntropy {}))],
+            optimizer: Some(Arc::new(adamw.clone())),
+            without,
+        };
+        let plan = compile(&request(self.without.clone()))?.plan;
+        let all: Vec<String> = registry.systems.optional().map(String::from).collect();
+        let unfused = compile(&request(all))?.plan.launches.len();
+        let (layout, cost) = (&plan.layout, plan.cost());
+        if self.json {
+            print_json(&json!({
+                "launches": plan.launches.len(),
+                "launches_unfused": unfused,
+                "arena_bytes": plan.bytes(Region::Arena),
+                "live_peak_bytes": layout.live_peak_bytes,
+                "sum_bytes": layout.sum_bytes,
+                "parameters": plan.parameter_count(),
+                "flops_per_step": cost.flops,
+                "bytes_per_step": cost.bytes,
+            }));
+            return Ok(());
+        }
+        for (i, launch) in plan.launches.iter().enumerate() {
+            print(&format!("{i:5}  {}\n", describe(launch)));
+        }
+        let mib = |bytes: usize| format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64);
+        print(&format!(
+            "\nlaunches          {} ({unfused} with all optional systems off)\n\
+             parameters        {} ({})\n\
+             optimizer state   {}\n\
+             arena             {}\n  largest live set {}\n  without reuse   {}\n\
+             work per step     {:.2} GFLOP, {:.2} GB\n",
+            plan.launches.len(),
+            thousands(plan.parameter_count()),
+            mib(plan.bytes(Region::Parameters)),
+            mib(plan.bytes(Region::State)),
+            mib(plan.bytes(Region::Arena)),
+            mib(layout.live_peak_bytes),
+            mib(layout.sum_bytes),
+            cost.flops / 1e9,
+            cost.bytes / 1e9,
+        ));
+        Ok(())
+    }
+}
+
+/// What a launch does, and where it reads and writes.
+fn describe(launch: &PlannedLaunch) -> String {
+    let op = launch.op.split([' ', '(', '{']).next().unwrap_or_default();
+    let operands = |list: &[Operand]| {
+        let shown = list.iter().take(6).map(operand).collect::<Vec<_>>().join(" ");
+        if list.len() > 6 { format!("{shown} and {} more", list.len() - 6) } else { shown }
+    };
+    let (inputs, outputs) = (operands(&launch.inputs), operands(&launch.outputs));
+    format!("{:<44} {op:<24} {inputs} -> {outputs}", launch.name)
+}
+
+fn operand(operand: &Operand) -> String {
+    let region = match operand.region {
+        Region::Arena => "a",
+        Region::Parameters => "p",
+        Region::State => "s",
+        Region::Io => "io",
+    };
+    let stride =
+        if operand.rows > 1 && operand.stride != operand.cols { format!("/{}", operand.stride) } else { String::new() };
+    format!("{region}@{}[{}x{}{stride}]", operand.offset, operand.rows, operand.cols)
+}

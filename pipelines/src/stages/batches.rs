@@ -1,0 +1,100 @@
+//! `Windows` and `Recall`: where batches come from.
+
+use dataflow_graph::format::number::{Real, Size};
+use dataflow_graph::registry::{Info, Registry};
+use serde::{Deserialize, Serialize};
+
+use super::{Kind, Product, Run, Stage, StageError, StageRegistry};
+use crate::data::recall::{self, Fillers};
+use crate::data::windows;
+
+/// Random windows of token files.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Windows {
+    batch: Size,
+    block: Size,
+}
+
+impl Stage for Windows {
+    fn inputs(&self) -> &'static [Kind] {
+        &[Kind::Tokens]
+    }
+    fn output(&self) -> Kind {
+        Kind::Batches
+    }
+    fn start(&self, run: &mut Run, inputs: &[&Product]) -> Result<Product, StageError> {
+        let [Product::Tokens(splits)] = inputs else { unreachable!("kinds are checked before stages start") };
+        let windows = windows::Windows { batch: *self.batch, block: *self.block };
+        let source = windows.over(splits.clone(), run.seed).map_err(StageError::from_error)?;
+        Ok(Product::Batches(Box::new(source)))
+    }
+}
+
+/// Multi-query associative recall (Zoology, arXiv:2312.04927), generated on the fly.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recall {
+    batch: Size,
+    block: Size,
+    vocabulary: Size,
+    pairs: Size,
+    #[serde(default = "one")]
+    queries: Size,
+    #[serde(default = "power")]
+    power_a: Real,
+    #[serde(default = "random")]
+    fillers: Fillers,
+}
+
+fn one() -> Size {
+    Size(1)
+}
+
+fn power() -> Real {
+    Real(0.01)
+}
+
+fn random() -> Fillers {
+    Fillers::Random
+}
+
+impl Stage for Recall {
+    fn inputs(&self) -> &'static [Kind] {
+        &[]
+    }
+    fn output(&self) -> Kind {
+        Kind::Batches
+    }
+    fn start(&self, run: &mut Run, _: &[&Product]) -> Result<Product, StageError> {
+        let task = recall::Recall {
+            batch: *self.batch,
+            block: *self.block,
+            vocabulary: *self.vocabulary,
+            pairs: *self.pairs,
+            queries: *self.queries,
+            power_a: self.power_a.0,
+            fillers: self.fillers,
+        };
+        Ok(Product::Batches(Box::new(task.source(run.seed).map_err(StageError::from_error)?)))
+    }
+}
+
+pub(super) fn register(registry: &mut Registry) {
+    registry.stage::<Windows>(Info {
+        name: "Windows",
+        about: "Random windows of token files, each asked for the next token at every place.",
+        inputs: &["tokens"],
+        formula: "",
+        source: "nanoGPT, get_batch",
+        example: "(batch: 12, block: 64)",
+    });
+    registry.stage::<Recall>(Info {
+        name: "Recall",
+        about: "Multi-query associative recall: key-value pairs, then keys whose values are asked for.",
+        inputs: &[],
+        formula: "",
+        source: "arXiv:2312.04927",
+        example: "(batch: 64, block: 64, vocabulary: 64, pairs: 4)",
+    });
+}
