@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::check::check;
 use crate::components::{Objectives, OptimizerRef, Options};
 use crate::diagnostic::Errors;
 use crate::format::model::ModelFile;
@@ -65,5 +66,8 @@ pub fn compile(request: &Request) -> Result<Compiled, Errors> {
 pub fn compile_world(mut world: World, registry: &Registry, without: &[String]) -> Result<Compiled, Errors> {
     registry.systems.run(&mut world, without)?;
     let plan = Plan::new(&world);
+    if cfg!(debug_assertions) {
+        check(&plan)?;
+    }
     Ok(Compiled { world, plan })
 }

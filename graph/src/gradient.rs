@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use crate::build::add_op;
-use crate::components::{Name, Phase, Place, Role};
+use crate::builtin::Fill;
+use crate::components::{Name, OpRef, Phase, Place, Role};
 use crate::op::{Op, OpError};
 use crate::types::TensorType;
 use crate::world::{NodeId, ValueId, World};
@@ -75,9 +76,15 @@ impl<'w> Gradient<'w> {
             Some(value) => Ok(value),
             None => {
                 let tensor = self.type_of(self.outputs[o]);
-                Ok(self.emit(crate::builtin::Fill { value: 0.0, shape: tensor.shape }, &[])?[0])
+                Ok(self.emit(Fill { value: 0.0, shape: tensor.shape }, &[])?[0])
             }
         }
+    }
+
+    /// The number that a value is everywhere, where that is known: the gradient of the loss.
+    pub fn constant(&self, value: ValueId) -> Option<f32> {
+        let (node, _) = self.world.producer(value)?;
+        Some(self.world.expect::<OpRef>(node).0.downcast::<Fill>()?.value)
     }
 
     /// Whether input `i` needs a gradient.

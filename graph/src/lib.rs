@@ -7,6 +7,7 @@
 
 pub mod build;
 pub mod builtin;
+pub mod check;
 pub mod compile;
 pub mod components;
 pub mod diagnostic;

@@ -3,6 +3,7 @@
 //! An elementwise op only gives an [`expression`](Op::expression): its shape rule, gradient and kernels follow.
 //! Any other op gives a shape rule, a gradient in terms of further ops, and a kernel.
 
+use std::any::Any;
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use std::sync::Arc;
 use dataflow_kernels::device::{Kernel, Target};
 use dataflow_kernels::expression::Program;
 
+use crate::components::Options;
 use crate::elementwise;
 use crate::gradient::Gradient;
 use crate::initializer::Initializer;
@@ -89,8 +91,55 @@ impl NodeView<'_> {
     }
 }
 
+/// A node and one that reads its result: two that may become one.
+pub struct Pair<'a> {
+    /// What the first does.
+    pub producer: &'a dyn Op,
+    /// What the second does.
+    pub consumer: &'a dyn Op,
+    /// The output of the producer that the consumer reads.
+    pub output: usize,
+    /// The input of the consumer that it is.
+    pub input: usize,
+    /// Types of the producer's inputs, parameters included.
+    pub producer_inputs: &'a [TensorType],
+    /// Types of the consumer's inputs, parameters included.
+    pub consumer_inputs: &'a [TensorType],
+    /// Whether others read the result too, so that the merged node must give it.
+    pub shared: bool,
+    /// What is compiled.
+    pub options: &'a Options,
+}
+
+/// An input or output of one of a [`Pair`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Of {
+    /// The producer's.
+    Producer(usize),
+    /// The consumer's.
+    Consumer(usize),
+}
+
+/// One op in place of a [`Pair`].
+#[derive(Clone, Debug)]
+pub struct Merged {
+    /// What it does. Its shape rule sees all inputs, parameters included.
+    pub op: Arc<dyn Op>,
+    /// Its inputs: some of the pair's, without the step counter.
+    pub inputs: Vec<Of>,
+    /// Its first outputs, which take the place of the pair's. Those that its shape rule gives behind them are new.
+    pub outputs: Vec<Of>,
+}
+
+impl dyn Op {
+    /// The op as what it is, if it is a `T`.
+    pub fn downcast<T: Op>(&self) -> Option<&T> {
+        (self as &dyn Any).downcast_ref()
+    }
+}
+
 /// A registered kind of node.
-pub trait Op: fmt::Debug + Send + Sync + 'static {
+pub trait Op: Any + fmt::Debug + Send + Sync + 'static {
     /// How many data inputs a row may give.
     fn arity(&self) -> RangeInclusive<usize> {
         1..=1
@@ -170,6 +219,12 @@ pub trait Op: fmt::Debug + Send + Sync + 'static {
 
     /// The op for the node of this path, where nodes differ: dropout draws its own mask at each.
     fn placed(&self, _path: &str) -> Option<Arc<dyn Op>> {
+        None
+    }
+
+    /// One op instead of this one and a neighbour, of which it is the producer or the consumer. Both are asked, the
+    /// consumer first.
+    fn merge(&self, _pair: &Pair<'_>) -> Option<Merged> {
         None
     }
 

@@ -1,6 +1,6 @@
 //! What the systems leave behind: an ordered list of launches and the layout of memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 use dataflow_kernels::device::{Launch, Operand, Region, Target};
@@ -31,6 +31,8 @@ pub struct PlannedLaunch {
     pub inputs: Vec<Operand>,
     /// What it writes.
     pub outputs: Vec<Operand>,
+    /// For each input, the launches that made its contents; none if they are there before the first launch.
+    pub sources: Vec<Vec<usize>>,
     /// Pairs (output, input) that are the same memory.
     pub in_place: Vec<(usize, usize)>,
     /// Its work.
@@ -81,7 +83,9 @@ impl Plan {
         let order = &world.resource::<Order>().expect("`order` ran").0;
         let operands =
             |values: &[ValueId]| values.iter().map(|v| world.expect::<Located>(*v).0.clone()).collect::<Vec<_>>();
-        let launches = order.iter().filter(|n| world.get::<NoLaunch>(**n).is_none()).map(|&node| {
+        let launched = order.iter().copied().filter(|n| world.get::<NoLaunch>(*n).is_none());
+        let number: HashMap<NodeId, usize> = launched.clone().enumerate().map(|(at, node)| (node, at)).collect();
+        let launches = launched.map(|node| {
             let (inputs, outputs) = (world.inputs(node), world.outputs(node));
             let op = &world.expect::<OpRef>(node).0;
             let mut in_place = op.updates();
@@ -95,6 +99,7 @@ impl Plan {
                 phase: *world.expect::<Phase>(node),
                 inputs: operands(&inputs),
                 outputs: operands(&outputs),
+                sources: inputs.iter().map(|v| sources(world, &number, *v)).collect(),
                 in_place,
                 cost: op.cost(&view),
                 name,
@@ -150,6 +155,18 @@ impl Plan {
             .iter()
             .fold(Cost::default(), |sum, l| Cost { flops: sum.flops + l.cost.flops, bytes: sum.bytes + l.cost.bytes })
     }
+}
+
+/// The launches that write a value; those that write its parts where it is a view.
+fn sources(world: &World, number: &HashMap<NodeId, usize>, value: ValueId) -> Vec<usize> {
+    let Some((node, _)) = world.producer(value) else { return Vec::new() };
+    if let Some(&launch) = number.get(&node) {
+        return vec![launch];
+    }
+    let mut all: Vec<usize> = world.inputs(node).into_iter().flat_map(|v| sources(world, number, v)).collect();
+    all.sort_unstable();
+    all.dedup();
+    all
 }
 
 /// The plan's launches with their kernels.

@@ -23,9 +23,12 @@ impl Default for Schedule {
         let optional = |name, run| Step { name, run, optional: true };
         Self(vec![
             required("infer", systems::infer::infer),
+            optional("merge", systems::merge::merge),
             required("differentiate", systems::differentiate::differentiate),
             required("update", systems::update::update),
+            optional("merge_gradients", systems::merge::merge),
             optional("simplify", systems::simplify::simplify),
+            optional("fuse", systems::fuse::fuse),
             required("order", systems::order::order),
             optional("in_place", systems::in_place::in_place),
             required("allocate", systems::allocate::allocate),

@@ -167,6 +167,37 @@ impl World {
         self.connect(new, node, port);
     }
 
+    /// Gives a node other inputs.
+    pub fn set_inputs(&mut self, node: NodeId, inputs: &[ValueId]) {
+        let edges: Vec<_> = self.topology.edges_directed(node.0, Incoming).map(|e| e.id()).collect();
+        edges.into_iter().for_each(|e| {
+            self.topology.remove_edge(e);
+        });
+        inputs.iter().enumerate().for_each(|(port, &value)| self.connect(value, node, port));
+    }
+
+    /// Gives a node other outputs, which may be those of other nodes now. An output that it does not keep and that
+    /// no other node takes over goes.
+    pub fn set_outputs(&mut self, node: NodeId, outputs: &[ValueId]) {
+        for old in self.outputs(node) {
+            match outputs.contains(&old) {
+                true => self.detach(old),
+                false => self.remove(old.0),
+            }
+        }
+        for (port, &value) in outputs.iter().enumerate() {
+            self.detach(value);
+            self.topology.add_edge(node.0, value.0, port);
+        }
+    }
+
+    /// Takes a value from its producer.
+    fn detach(&mut self, value: ValueId) {
+        if let Some(edge) = self.topology.edges_directed(value.0, Incoming).next().map(|e| e.id()) {
+            self.topology.remove_edge(edge);
+        }
+    }
+
     /// Removes a node and its outputs, with all their components.
     pub fn remove_node(&mut self, node: NodeId) {
         for value in self.outputs(node) {

@@ -6,6 +6,7 @@ pub mod attention;
 pub mod conv1d;
 pub mod elementwise;
 pub mod embedding;
+mod head;
 pub mod layout;
 pub mod linear;
 pub mod linear_attention;

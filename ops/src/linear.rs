@@ -1,18 +1,22 @@
 //! Matrix products: the linear layer and the batched product.
 
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 use dataflow_graph::builtin::SumTo;
 use dataflow_graph::format::number::{Flag, Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::Initializer;
-use dataflow_graph::op::{Cost, NodeView, Op, OpError, Parameter};
+use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::Rows;
 use dataflow_kernels::cpu::matmul::{Init, Mat, matmul, matmul_on_this_thread};
+use dataflow_kernels::cpu::reduce::copy_rows;
 use dataflow_kernels::device::{Kernel, Target};
 use serde::{Deserialize, Serialize};
+
+use crate::norm::is_sum;
 
 /// `y = x W^T + b` on the last dimension: x `[.., in]`, W `[out, in]`, b `[out]`, y `[.., out]`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -57,7 +61,7 @@ impl Op for Linear {
         let (x, weight) = (g.input(0), g.input(1));
         let Some(dy) = g.output_gradient(0) else { return Ok(()) };
         if g.wants(0) {
-            let dx = g.emit(LinearInput, &[dy, weight])?[0];
+            let dx = g.emit(LinearInput { adding: false }, &[dy, weight])?[0];
             g.set(0, dx)?;
         }
         if g.wants(1) {
@@ -92,24 +96,45 @@ fn product_cost(node: &NodeView<'_>, inner: usize) -> Cost {
     Cost { flops: 2.0 * node.outputs[0].elements() as f64 * inner as f64, bytes: node.bytes() }
 }
 
-/// `dx = dy W`: the gradient of [`Linear`] with respect to its input.
+/// `dx = dy W + base`: the gradient of [`Linear`] with respect to its input, added to another gradient if it is
+/// `adding`. (dy, W, base?) to dx, which may overwrite the base.
 #[derive(Clone, Debug)]
-struct LinearInput;
+struct LinearInput {
+    adding: bool,
+}
 
 impl Op for LinearInput {
     fn arity(&self) -> RangeInclusive<usize> {
-        2..=2
+        2..=3
     }
     fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
         Ok(vec![inputs[0].with_cols(inputs[1].cols())])
     }
+    fn merge(&self, pair: &Pair<'_>) -> Option<Merged> {
+        let own = pair.producer.downcast::<Self>()?;
+        let dx = pair.producer_inputs[0].with_cols(pair.producer_inputs[1].cols());
+        if own.adding || pair.shared || !is_sum(pair.consumer, pair.consumer_inputs, &dx) {
+            return None;
+        }
+        let inputs = vec![Of::Producer(0), Of::Producer(1), Of::Consumer(1 - pair.input)];
+        Some(Merged { op: Arc::new(Self { adding: true }), inputs, outputs: vec![Of::Consumer(0)] })
+    }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let adding = self.adding;
         match target {
-            Target::Cpu => Ok(Kernel::cpu(|a| {
-                matmul(a.rows_mut(0), Mat::Normal(a.rows(0)), Mat::Normal(a.rows(1)), Init::Zero);
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let mut dx = a.rows_mut(0);
+                if adding && a.in_place(0).is_none() {
+                    copy_rows(a.rows(2), dx.reborrow());
+                }
+                let init = if adding { Init::Accumulate } else { Init::Zero };
+                matmul(dx, Mat::Normal(a.rows(0)), Mat::Normal(a.rows(1)), init);
                 Ok(())
             })),
         }
+    }
+    fn in_place(&self) -> Vec<(usize, usize)> {
+        if self.adding { vec![(0, 2)] } else { Vec::new() }
     }
     fn strided(&self) -> bool {
         true

@@ -3,12 +3,14 @@
 use std::ops::RangeInclusive;
 
 use dataflow_graph::gradient::Gradient;
-use dataflow_graph::op::{Cost, NodeView, Op, OpError};
+use dataflow_graph::op::{Cost, Merged, NodeView, Op, OpError, Pair};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::{DType, TensorType};
 use dataflow_kernels::cpu::cross_entropy;
 use dataflow_kernels::device::{Kernel, KernelError, Target};
 use serde::{Deserialize, Serialize};
+
+use crate::head;
 
 /// The mean over the rows whose target is not -1 of `log sum exp(logits) - logits[target]`, in nats; 0 if there are
 /// none. logits `[.., V]`, targets `[..]`.
@@ -37,6 +39,9 @@ impl Op for CrossEntropy {
         let inputs = [g.input(0), g.input(1), g.output(1), dy];
         let dx = g.emit(CrossEntropyGradient, &inputs)?[0];
         g.set(0, dx)
+    }
+    fn merge(&self, pair: &Pair<'_>) -> Option<Merged> {
+        head::merge(pair)
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {

@@ -1,14 +1,15 @@
 //! RMS, layer and group normalisation over the last dimension.
 
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 use dataflow_graph::format::number::{Flag, Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::Initializer;
-use dataflow_graph::op::{Cost, NodeView, Op, OpError, Parameter};
+use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
-use dataflow_kernels::cpu::norm::{self, Kind, Norm};
+use dataflow_kernels::cpu::norm::{self, Kind, Norm, Residual};
 use dataflow_kernels::device::{Kernel, Target};
 use serde::{Deserialize, Serialize};
 
@@ -85,8 +86,18 @@ impl Form {
         let Some(dy) = g.output_gradient(0) else { return Ok(()) };
         let mut inputs = vec![g.input(0), g.output(1), dy];
         inputs.extend(self.weight.then(|| g.input(1)));
-        let made = g.emit(NormGradient(*self), &inputs)?;
+        let made = g.emit(NormGradient { form: *self, passing: false }, &inputs)?;
         (0..g.inputs()).try_for_each(|i| g.set(i, made[i]))
+    }
+    /// The sum of two tensors and its norm are one pass.
+    fn merge(&self, pair: &Pair<'_>) -> Option<Merged> {
+        let x = &pair.consumer_inputs[0];
+        if pair.input != 0 || !is_sum(pair.producer, pair.producer_inputs, x) {
+            return None;
+        }
+        let mut inputs = vec![Of::Producer(0), Of::Producer(1)];
+        inputs.extend((1..pair.consumer_inputs.len()).map(Of::Consumer));
+        Some(Merged { op: Arc::new(SumNorm(*self)), inputs, outputs: vec![Of::Consumer(0), Of::Producer(0)] })
     }
     fn lower(&self, target: Target) -> Kernel {
         let Form { norm, weight, bias } = *self;
@@ -121,6 +132,9 @@ macro_rules! norm_op {
             fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
                 Ok(self.form().lower(target))
             }
+            fn merge(&self, pair: &Pair<'_>) -> Option<Merged> {
+                self.form().merge(pair)
+            }
             fn strided(&self) -> bool {
                 true
             }
@@ -147,28 +161,97 @@ norm_op!(GroupNorm, self => Form {
     bias: true,
 });
 
-/// (x, statistics, dy, weight?) to (dx, dweight?, dbias?).
-#[derive(Clone, Debug)]
-struct NormGradient(Form);
+/// Whether an op adds two tensors of this type.
+pub(crate) fn is_sum(op: &dyn Op, inputs: &[TensorType], tensor: &TensorType) -> bool {
+    matches!(inputs, [a, b] if a == tensor && b == tensor)
+        && op.updates().is_empty()
+        && op.expression(2) == Some(dataflow_graph::builtin::sum(2).program)
+}
 
-impl Op for NormGradient {
+/// (x, r, weight?, bias?) to the norm of `h = x + r`, then h and the statistics.
+#[derive(Clone, Debug)]
+struct SumNorm(Form);
+
+impl Op for SumNorm {
     fn arity(&self) -> RangeInclusive<usize> {
-        3..=4
+        2..=4
     }
     fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
-        let x = &inputs[0];
-        let per_channel = usize::from(self.0.weight) + usize::from(self.0.bias);
-        let parameters = std::iter::repeat_n(TensorType::f32([x.cols()]), per_channel);
-        Ok(std::iter::once(x.clone()).chain(parameters).collect())
+        let mut outputs = self.0.infer(&inputs[0])?;
+        outputs.insert(1, inputs[1].clone());
+        Ok(outputs)
+    }
+    fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
+        let (h, statistics, dh) = (g.output(1), g.output(2), g.output_gradient(1));
+        let Some(dy) = g.output_gradient(0) else {
+            return dh.map_or(Ok(()), |dh| (0..2).try_for_each(|i| g.set(i, dh)));
+        };
+        let mut inputs = vec![h, statistics, dy];
+        inputs.extend(self.0.weight.then(|| g.input(2)));
+        inputs.extend(dh);
+        let made = g.emit(NormGradient { form: self.0, passing: dh.is_some() }, &inputs)?;
+        g.set(0, made[0])?;
+        (1..g.inputs()).try_for_each(|i| g.set(i, made[i - 1]))
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let Form { norm, weight, bias } = self.0;
         match target {
             Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let w = weight.then(|| a.slice::<f32>(2));
+                let b = bias.then(|| a.slice::<f32>(2 + usize::from(weight)));
+                let residual = Residual { residual: a.rows(1), h: a.rows_mut(1) };
+                norm::forward(norm, a.rows(0), Some(residual), w, b, a.rows_mut(0), Some(a.slice_mut(2)));
+                Ok(())
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        Cost { flops: 6.0 * node.outputs[0].elements() as f64, bytes: node.bytes() }
+    }
+}
+
+/// (x, statistics, dy, weight?, dh?) to (dx, dweight?, dbias?), where dx includes dh if gradients are `passing` by.
+#[derive(Clone, Debug)]
+struct NormGradient {
+    form: Form,
+    passing: bool,
+}
+
+impl Op for NormGradient {
+    fn arity(&self) -> RangeInclusive<usize> {
+        3..=5
+    }
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        let x = &inputs[0];
+        let per_channel = usize::from(self.form.weight) + usize::from(self.form.bias);
+        let parameters = std::iter::repeat_n(TensorType::f32([x.cols()]), per_channel);
+        Ok(std::iter::once(x.clone()).chain(parameters).collect())
+    }
+    /// The sum of dx and another gradient.
+    fn merge(&self, pair: &Pair<'_>) -> Option<Merged> {
+        let own = pair.producer.downcast::<Self>()?;
+        let x = &pair.producer_inputs[0];
+        if own.passing || pair.output != 0 || !is_sum(pair.consumer, pair.consumer_inputs, x) {
+            return None;
+        }
+        let mut inputs: Vec<Of> = (0..pair.producer_inputs.len()).map(Of::Producer).collect();
+        inputs.push(Of::Consumer(1 - pair.input));
+        let parameters = 1..1 + usize::from(own.form.weight) + usize::from(own.form.bias);
+        let outputs = std::iter::once(Of::Consumer(0)).chain(parameters.map(Of::Producer)).collect();
+        Some(Merged { op: Arc::new(Self { passing: true, ..own.clone() }), inputs, outputs })
+    }
+    fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let Self { form: Form { norm, weight, bias }, passing } = *self;
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let w = weight.then(|| a.slice::<f32>(3));
+                let dh = passing.then(|| a.rows(3 + usize::from(weight)));
                 let dw = weight.then(|| a.slice_mut::<f32>(1));
                 let db = bias.then(|| a.slice_mut::<f32>(1 + usize::from(weight)));
-                norm::backward(norm, a.rows(0), a.slice(1), w, a.rows(2), None, a.rows_mut(0), dw, db);
+                norm::backward(norm, a.rows(0), a.slice(1), w, a.rows(2), dh, a.rows_mut(0), dw, db);
                 Ok(())
             })),
         }

@@ -1,10 +1,11 @@
 //! State-space scans with a state for every channel: the Longhorn online update and Mamba's selective scan.
 
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::{ElementFormula, Initializer};
-use dataflow_graph::op::{Cost, NodeView, Op, OpError, Parameter};
+use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::scan::Dims;
@@ -12,6 +13,7 @@ use dataflow_kernels::cpu::{longhorn, selective_scan};
 use dataflow_kernels::device::{Kernel, Target};
 use serde::{Deserialize, Serialize};
 
+use crate::elementwise::{Activation, Gate};
 use crate::sequence::{same, sizes};
 
 /// The Longhorn update, which solves online associative recall in closed form (arXiv:2407.14207):
@@ -23,7 +25,11 @@ use crate::sequence::{same, sizes};
 /// u, dt, y `[B, T, channels]`; q, k `[B, T, states]`; D `[channels]`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Longhorn {}
+pub struct Longhorn {
+    /// Whether the last input is a gate: the result is `y silu(z)`.
+    #[serde(skip)]
+    gated: bool,
+}
 
 /// Mamba's selective scan (arXiv:2312.00752):
 ///
@@ -34,7 +40,11 @@ pub struct Longhorn {}
 /// D `[channels]`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct SelectiveScan {}
+pub struct SelectiveScan {
+    /// Whether the last input is a gate: the result is `y silu(z)`.
+    #[serde(skip)]
+    gated: bool,
+}
 
 /// Sizes, given u and one of the tensors of states.
 fn dims(u: &TensorType, states: &TensorType) -> Result<Dims, OpError> {
@@ -51,12 +61,24 @@ fn scan_outputs(u: &TensorType, dims: &Dims) -> Vec<TensorType> {
     vec![u.clone(), TensorType::f32([dims.boundaries_len() / dims.channels, dims.channels])]
 }
 
+/// A scan and the SiLU gate of its result are one pass: the gate is the scan's last input.
+fn merge_gate(pair: &Pair<'_>, scan: impl Op) -> Option<Merged> {
+    let gate = pair.consumer.downcast::<Gate>()?;
+    let alike = pair.consumer_inputs[0] == pair.consumer_inputs[1];
+    if gate.activation != Activation::Silu || (pair.output, pair.input) != (0, 0) || pair.shared || !alike {
+        return None;
+    }
+    let mut inputs: Vec<Of> = (0..pair.producer_inputs.len()).map(Of::Producer).collect();
+    inputs.push(Of::Consumer(1));
+    Some(Merged { op: Arc::new(scan), inputs, outputs: vec![Of::Consumer(0)] })
+}
+
 fn work(node: &NodeView<'_>, dims: Result<Dims, OpError>, per_element: f64) -> Cost {
     let elements = dims.map_or(0, |d| d.rows() * d.channels * d.state) as f64;
     Cost { flops: per_element * elements, bytes: node.bytes() }
 }
 
-/// Inputs are (u, q, k, dt), then the parameter D.
+/// Inputs are (u, q, k, dt), then the parameter D, then the gate.
 impl Op for Longhorn {
     fn arity(&self) -> RangeInclusive<usize> {
         4..=4
@@ -74,15 +96,19 @@ impl Op for Longhorn {
         let Some(dy) = g.output_gradient(0) else { return Ok(()) };
         let mut inputs = g.all_inputs().to_vec();
         inputs.extend([g.output(1), dy]);
-        let made = g.emit(LonghornGradient, &inputs)?;
-        (0..5).try_for_each(|i| g.set(i, made[i]))
+        let made = g.emit(LonghornGradient { gated: self.gated }, &inputs)?;
+        (0..g.inputs()).try_for_each(|i| g.set(i, made[i]))
+    }
+    fn merge(&self, pair: &Pair<'_>) -> Option<Merged> {
+        let own = pair.producer.downcast::<Self>()?;
+        if own.gated { None } else { merge_gate(pair, Self { gated: true }) }
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
-        let dims = dims(&node.inputs[0], &node.inputs[1])?;
+        let (dims, gated) = (dims(&node.inputs[0], &node.inputs[1])?, self.gated);
         match target {
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (u, q, k, dt, skip) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3), Some(a.slice(4)));
-                let inputs = longhorn::Inputs { u, dt, q, k, t_bias: None, skip, gate: None };
+                let inputs = longhorn::Inputs { u, dt, q, k, t_bias: None, skip, gate: gated.then(|| a.rows(5)) };
                 longhorn::forward(dims, &inputs, a.rows_mut(0), None, Some(a.slice_mut(1)));
                 Ok(())
             })),
@@ -96,23 +122,26 @@ impl Op for Longhorn {
     }
 }
 
-/// (u, q, k, dt, D, boundaries, dy) to (du, dq, dk, ddt, dD).
+/// (u, q, k, dt, D, z?, boundaries, dy) to (du, dq, dk, ddt, dD, dz?).
 #[derive(Clone, Debug)]
-struct LonghornGradient;
+struct LonghornGradient {
+    gated: bool,
+}
 
 impl Op for LonghornGradient {
     fn arity(&self) -> RangeInclusive<usize> {
-        7..=7
+        7..=8
     }
     fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
-        Ok(inputs[..5].to_vec())
+        Ok(inputs[..5 + usize::from(self.gated)].to_vec())
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
-        let dims = dims(&node.inputs[0], &node.inputs[1])?;
+        let (dims, gated) = (dims(&node.inputs[0], &node.inputs[1])?, self.gated);
+        let saved = 5 + usize::from(gated);
         match target {
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (u, q, k, dt, skip) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3), Some(a.slice(4)));
-                let inputs = longhorn::Inputs { u, dt, q, k, t_bias: None, skip, gate: None };
+                let inputs = longhorn::Inputs { u, dt, q, k, t_bias: None, skip, gate: gated.then(|| a.rows(5)) };
                 let gradients = longhorn::Gradients {
                     u: a.rows_mut(0),
                     q: a.rows_mut(1),
@@ -120,9 +149,9 @@ impl Op for LonghornGradient {
                     dt: a.rows_mut(3),
                     t_bias: None,
                     skip: Some(a.slice_mut(4)),
-                    gate: None,
+                    gate: gated.then(|| a.rows_mut(5)),
                 };
-                longhorn::backward(dims, &inputs, a.rows(6), a.slice(5), gradients);
+                longhorn::backward(dims, &inputs, a.rows(saved + 1), a.slice(saved), gradients);
                 Ok(())
             })),
         }
@@ -135,7 +164,7 @@ impl Op for LonghornGradient {
     }
 }
 
-/// Inputs are (u, dt, B, C), then the parameters A_log and D.
+/// Inputs are (u, dt, B, C), then the parameters A_log and D, then the gate.
 impl Op for SelectiveScan {
     fn arity(&self) -> RangeInclusive<usize> {
         4..=4
@@ -155,16 +184,20 @@ impl Op for SelectiveScan {
         let Some(dy) = g.output_gradient(0) else { return Ok(()) };
         let mut inputs = g.all_inputs().to_vec();
         inputs.extend([g.output(1), dy]);
-        let made = g.emit(SelectiveScanGradient, &inputs)?;
-        (0..6).try_for_each(|i| g.set(i, made[i]))
+        let made = g.emit(SelectiveScanGradient { gated: self.gated }, &inputs)?;
+        (0..g.inputs()).try_for_each(|i| g.set(i, made[i]))
+    }
+    fn merge(&self, pair: &Pair<'_>) -> Option<Merged> {
+        let own = pair.producer.downcast::<Self>()?;
+        if own.gated { None } else { merge_gate(pair, Self { gated: true }) }
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
-        let dims = dims(&node.inputs[0], &node.inputs[2])?;
+        let (dims, gated) = (dims(&node.inputs[0], &node.inputs[2])?, self.gated);
         match target {
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (u, delta, b, c) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3));
-                let (a_log, skip) = (a.slice(4), Some(a.slice(5)));
-                let inputs = selective_scan::Inputs { u, delta, a_log, b, c, delta_bias: None, skip, gate: None };
+                let (a_log, skip, gate) = (a.slice(4), Some(a.slice(5)), gated.then(|| a.rows(6)));
+                let inputs = selective_scan::Inputs { u, delta, a_log, b, c, delta_bias: None, skip, gate };
                 selective_scan::forward(dims, &inputs, a.rows_mut(0), None, Some(a.slice_mut(1)));
                 Ok(())
             })),
@@ -178,24 +211,27 @@ impl Op for SelectiveScan {
     }
 }
 
-/// (u, dt, B, C, A_log, D, boundaries, dy) to (du, ddt, dB, dC, dA_log, dD).
+/// (u, dt, B, C, A_log, D, z?, boundaries, dy) to (du, ddt, dB, dC, dA_log, dD, dz?).
 #[derive(Clone, Debug)]
-struct SelectiveScanGradient;
+struct SelectiveScanGradient {
+    gated: bool,
+}
 
 impl Op for SelectiveScanGradient {
     fn arity(&self) -> RangeInclusive<usize> {
-        8..=8
+        8..=9
     }
     fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
-        Ok(inputs[..6].to_vec())
+        Ok(inputs[..6 + usize::from(self.gated)].to_vec())
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
-        let dims = dims(&node.inputs[0], &node.inputs[2])?;
+        let (dims, gated) = (dims(&node.inputs[0], &node.inputs[2])?, self.gated);
+        let saved = 6 + usize::from(gated);
         match target {
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (u, delta, b, c) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3));
-                let (a_log, skip) = (a.slice(4), Some(a.slice(5)));
-                let inputs = selective_scan::Inputs { u, delta, a_log, b, c, delta_bias: None, skip, gate: None };
+                let (a_log, skip, gate) = (a.slice(4), Some(a.slice(5)), gated.then(|| a.rows(6)));
+                let inputs = selective_scan::Inputs { u, delta, a_log, b, c, delta_bias: None, skip, gate };
                 let gradients = selective_scan::Gradients {
                     u: a.rows_mut(0),
                     delta: a.rows_mut(1),
@@ -204,9 +240,9 @@ impl Op for SelectiveScanGradient {
                     a_log: Some(a.slice_mut(4)),
                     delta_bias: None,
                     skip: Some(a.slice_mut(5)),
-                    gate: None,
+                    gate: gated.then(|| a.rows_mut(6)),
                 };
-                selective_scan::backward(dims, &inputs, a.rows(7), a.slice(6), gradients);
+                selective_scan::backward(dims, &inputs, a.rows(saved + 1), a.slice(saved), gradients);
                 Ok(())
             })),
         }

@@ -120,7 +120,7 @@ pub(super) fn root_of(world: &World, value: ValueId) -> ValueId {
 }
 
 /// The value that owns the memory, the first column in it, and the elements between rows.
-fn locate(world: &World, value: ValueId) -> (ValueId, usize, usize) {
+pub(super) fn locate(world: &World, value: ValueId) -> (ValueId, usize, usize) {
     let own = world.expect::<TensorType>(value);
     let Some(alias) = shared_with(world, value) else { return (value, 0, own.cols()) };
     let (root, column, stride) = locate(world, alias.of);

@@ -6,8 +6,6 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use dataflow_kernels::cpu::interpreter::MAX_INPUTS;
-
 use super::op_error;
 use crate::build::add_op;
 use crate::builtin::{Fill, sum};
@@ -112,26 +110,19 @@ fn differentiate_node(
     Ok(())
 }
 
-/// The sum of the parts of a value's gradient, as one node, in the order in which they were written.
+/// The sum of the parts of a value's gradient, in the order in which they were written. Each sum is a node of two
+/// inputs, which the producer of its second one may take over.
 fn combine(
     world: &mut World,
     parts: &mut HashMap<ValueId, Vec<ValueId>>,
     value: ValueId,
 ) -> Result<Option<ValueId>, OpError> {
     let Some(list) = parts.get(&value).cloned() else { return Ok(None) };
-    if list.len() == 1 {
-        return Ok(Some(list[0]));
-    }
     let name = format!("{}.gradient", world.get::<Name>(value).map_or("value", |n| &n.0));
-    let mut add = |list: &[ValueId]| {
-        Ok::<_, OpError>(add_op(world, &name, None, Arc::new(sum(list.len())), list, Role::Gradient, Phase::Step)?[0])
-    };
-    let (first, rest) = list.split_at(list.len().min(MAX_INPUTS));
-    let mut total = add(first)?;
-    for part in rest.chunks(MAX_INPUTS - 1) {
-        let mut list = vec![total];
-        list.extend(part);
-        total = add(&list)?;
+    let mut total = list[0];
+    for &part in &list[1..] {
+        let both = [total, part];
+        total = add_op(world, &name, None, Arc::new(sum(2)), &both, Role::Gradient, Phase::Step)?[0];
     }
     parts.insert(value, vec![total]);
     Ok(Some(total))

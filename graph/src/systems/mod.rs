@@ -2,10 +2,13 @@
 //! writes. [`Schedule`](crate::schedule::Schedule) lists them in order.
 
 pub mod allocate;
+mod contract;
 pub mod differentiate;
 pub mod expand;
+pub mod fuse;
 pub mod in_place;
 pub mod infer;
+pub mod merge;
 pub mod order;
 pub mod simplify;
 pub mod update;

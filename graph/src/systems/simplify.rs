@@ -1,5 +1,5 @@
-//! `simplify`: nodes that nobody needs go, nodes that compute the same become one, and data that only moves
-//! stays where it is.
+//! `simplify`: nodes that nobody needs or that do nothing go, nodes that compute the same become one, and data that
+//! only moves stays where it is.
 //!
 //! Reads the topology, `OpRef`, `TensorType`, `Role`, `Phase`; the resources `Outputs`, `Options`.
 //! Writes the topology; `Alias` of values that lie inside of another, `NoLaunch` of nodes whose work that
@@ -13,6 +13,7 @@ use crate::builtin::Copy;
 use crate::components::{GradientOf, Name, OpRef, Outputs, Parameters, Phase, Role};
 use crate::diagnostic::{Diagnostic, Errors};
 use crate::op::{OpError, View};
+use crate::types::TensorType;
 use crate::world::{NodeId, ValueId, World};
 
 /// Of values: it lies in the memory of another, from this column on. The other one may be an alias too.
@@ -33,6 +34,7 @@ pub struct NoLaunch;
 /// # Errors
 /// None for ops that keep their contracts.
 pub fn simplify(world: &mut World) -> Result<(), Errors> {
+    remove_identities(world);
     remove_dead(world);
     merge_equal(world);
     views(world).map_err(|e| Errors::from(Diagnostic::new(e.0)))?;
@@ -47,6 +49,30 @@ fn remove_dead(world: &mut World) {
     for &node in order.iter().rev() {
         let needed = world.outputs(node).iter().any(|v| outputs.contains(v) || !world.consumers(*v).is_empty());
         if !needed && world.expect::<OpRef>(node).0.updates().is_empty() {
+            world.remove_node(node);
+        }
+    }
+}
+
+/// Lets the readers of a node that does nothing, such as dropout of probability 0, read its input.
+fn remove_identities(world: &mut World) {
+    for node in world.nodes() {
+        let (inputs, outputs) = (world.inputs(node), world.outputs(node));
+        let ([input], [output]) = (&inputs[..], &outputs[..]) else { continue };
+        let op = &world.expect::<OpRef>(node).0;
+        let nothing = op.updates().is_empty()
+            && op.expression(1).is_some_and(|p| p.is_identity())
+            && world.expect::<TensorType>(*input) == world.expect::<TensorType>(*output)
+            && !is_output(world, *output)
+            && !is_updated(world, *input);
+        if nothing {
+            let (old, new) = (*output, *input);
+            world.replace_uses(old, new);
+            for parameter in world.resource::<Parameters>().cloned().unwrap_or_default().0 {
+                if world.get(parameter) == Some(&GradientOf(old)) {
+                    world.set(parameter, GradientOf(new));
+                }
+            }
             world.remove_node(node);
         }
     }
@@ -83,7 +109,7 @@ fn merge_equal(world: &mut World) {
 }
 
 /// Whether every reader of a value, and its producer, can follow gaps between rows.
-fn may_have_gaps(world: &World, value: ValueId) -> bool {
+pub(super) fn may_have_gaps(world: &World, value: ValueId) -> bool {
     let strided = |node: NodeId| world.expect::<OpRef>(node).0.strided() || world.get::<NoLaunch>(node).is_some();
     world.producer(value).is_none_or(|(node, _)| strided(node))
         && world.consumers(value).into_iter().all(|(n, _)| strided(n))

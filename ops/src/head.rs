@@ -1,0 +1,154 @@
+//! The language-model head and the loss in one op, which works on blocks of rows: neither the logits `[B T, V]` nor
+//! their gradient are ever stored whole. For a vocabulary of 50304 they would be most of a step's memory.
+//!
+//! While training, the launch that computes the loss computes the gradients as well, since the logits of a block are
+//! there: with `p = softmax(x W^T)` and N rows that count,
+//!
+//! ```text
+//! dlogits = (p - onehot(target)) / (N micro_batches)      dx = dlogits W      dW = dlogits^T x
+//! ```
+//!
+//! `dW` is summed over the blocks in their order, and blocks depend on the sizes alone, so results are the same on any
+//! number of threads.
+
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use dataflow_graph::builtin::Elementwise;
+use dataflow_graph::gradient::Gradient;
+use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair};
+use dataflow_graph::types::TensorType;
+use dataflow_kernels::cpu::cross_entropy::{Loss, count, forward, forward_backward_in_place};
+use dataflow_kernels::cpu::matmul::{Init, Mat, matmul};
+use dataflow_kernels::device::{Arguments, Kernel, KernelError, Target};
+use dataflow_kernels::expression::Program;
+use dataflow_kernels::{Rows, RowsMut};
+
+use crate::linear::Linear;
+
+/// Logits of a block: 32 MB, of which a fraction of the last cache is lost on any machine, but which amortises a look
+/// at the whole of W.
+const BLOCK: usize = 8 << 20;
+
+/// (x, W, targets) to the loss, while training dx and dW, and scratch memory: the logits of a block of rows, in
+/// evaluation also their log-sum-exps.
+#[derive(Clone, Debug)]
+struct LinearCrossEntropy {
+    /// While training, what the loss is multiplied with before it is differentiated.
+    upstream: Option<f32>,
+}
+
+/// The head and the loss, if nobody else wants the logits.
+pub(crate) fn merge(pair: &Pair<'_>) -> Option<Merged> {
+    let bias = pair.producer_inputs.len() > 2;
+    if pair.shared || pair.input != 0 || bias || pair.producer.downcast::<Linear>().is_none() {
+        return None;
+    }
+    let upstream = pair.options.training.then(|| 1.0 / pair.options.micro_batches as f32);
+    Some(Merged {
+        op: Arc::new(LinearCrossEntropy { upstream }),
+        inputs: vec![Of::Producer(0), Of::Producer(1), Of::Consumer(1)],
+        outputs: vec![Of::Consumer(0)],
+    })
+}
+
+/// Rows of a block.
+fn block_rows(rows: usize, classes: usize) -> usize {
+    (BLOCK / classes.max(1)).clamp(128, 2048).min(rows)
+}
+
+impl Op for LinearCrossEntropy {
+    fn arity(&self) -> RangeInclusive<usize> {
+        3..=3
+    }
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        let (x, weight) = (&inputs[0], &inputs[1]);
+        let block = block_rows(x.rows(), weight.rows());
+        let mut outputs = vec![TensorType::f32([])];
+        match self.upstream {
+            Some(_) => outputs.extend([x.clone(), weight.clone()]),
+            None => outputs.push(TensorType::f32([block])),
+        }
+        outputs.push(TensorType::f32([block, weight.rows()]));
+        Ok(outputs)
+    }
+    fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
+        let Some(dy) = g.output_gradient(0) else { return Ok(()) };
+        let Some(upstream) = self.upstream else { return Err("an evaluation program has no gradient".into()) };
+        let factor = g.constant(dy).map(|c| c / upstream);
+        for i in [0, 1] {
+            let mut gradient = g.output(1 + i);
+            if factor != Some(1.0) {
+                let program = Program::new(2, |b, x| {
+                    let scaled = b.mul(x[0], x[1]);
+                    vec![b.scale(scaled, 1.0 / upstream)]
+                });
+                let shape = g.type_of(gradient).shape;
+                gradient = g.emit(Elementwise { program, shape: Some(shape) }, &[gradient, dy])?[0];
+            }
+            g.set(i, gradient)?;
+        }
+        Ok(())
+    }
+    fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let upstream = self.upstream;
+        match target {
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let loss = match upstream {
+                    Some(upstream) => train(a, upstream),
+                    None => evaluate(a),
+                };
+                a.slice_mut(0)[0] = loss?.mean();
+                Ok(())
+            })),
+        }
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        let (x, weight) = (&node.inputs[0], &node.inputs[1]);
+        let logits = (x.rows() * weight.rows()) as f64;
+        let (products, softmax) = if self.upstream.is_some() { (6.0, 30.0) } else { (2.0, 15.0) };
+        Cost { flops: logits * (products * x.cols() as f64 + softmax), bytes: node.bytes() }
+    }
+}
+
+/// Blocks of rows: from and to.
+fn blocks(rows: usize, per_block: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..rows).step_by(per_block.max(1)).map(move |from| (from, (from + per_block).min(rows)))
+}
+
+fn train(a: &Arguments<'_>, upstream: f32) -> Result<Loss, KernelError> {
+    let (x, weight, targets) = (a.rows::<f32>(0), a.rows::<f32>(1), a.slice::<i32>(2));
+    let (dx, mut dw, scratch) = (a.slice_mut::<f32>(1), a.rows_mut::<f32>(2), a.slice_mut::<f32>(3));
+    let (classes, cols) = (weight.rows(), x.cols());
+    let counted = count(targets, classes).map_err(|e| KernelError(e.to_string()))?;
+    let mut total = Loss { sum: 0.0, counted };
+    for (from, to) in blocks(x.rows(), scratch.len() / classes) {
+        let (x, targets) = (x.slice_rows(from, to), &targets[from..to]);
+        let logits = &mut scratch[..(to - from) * classes];
+        matmul(RowsMut::contiguous(logits, classes), Mat::Normal(x), Mat::Transposed(weight), Init::Zero);
+        let loss = forward_backward_in_place(RowsMut::contiguous(logits, classes), targets, upstream, Some(counted));
+        total.sum += loss.map_err(|e| KernelError(e.to_string()))?.sum;
+        let dlogits = Rows::contiguous(logits, classes);
+        let dx = RowsMut::contiguous(&mut dx[from * cols..to * cols], cols);
+        matmul(dx, Mat::Normal(dlogits), Mat::Normal(weight), Init::Zero);
+        let init = if from == 0 { Init::Zero } else { Init::Accumulate };
+        matmul(dw.reborrow(), Mat::Transposed(dlogits), Mat::Normal(x), init);
+    }
+    Ok(total)
+}
+
+fn evaluate(a: &Arguments<'_>) -> Result<Loss, KernelError> {
+    let (x, weight, targets) = (a.rows::<f32>(0), a.rows::<f32>(1), a.slice::<i32>(2));
+    let (lse, scratch) = (a.slice_mut::<f32>(1), a.slice_mut::<f32>(2));
+    let classes = weight.rows();
+    let counted = count(targets, classes).map_err(|e| KernelError(e.to_string()))?;
+    let mut total = Loss { sum: 0.0, counted };
+    for (from, to) in blocks(x.rows(), lse.len()) {
+        let logits = &mut scratch[..(to - from) * classes];
+        let x = Mat::Normal(x.slice_rows(from, to));
+        matmul(RowsMut::contiguous(logits, classes), x, Mat::Transposed(weight), Init::Zero);
+        let loss = forward(Rows::contiguous(logits, classes), &targets[from..to], &mut lse[..to - from]);
+        total.sum += loss.map_err(|e| KernelError(e.to_string()))?.sum;
+    }
+    Ok(total)
+}
