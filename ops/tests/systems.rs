@@ -8,6 +8,7 @@ use std::sync::Arc;
 use common::compare::{BATCH, BLOCK, close, compiled, optional, request, train, without};
 use common::{MODELS, SHAKESPEARE, model};
 use dataflow_graph::compile::{Request, compile};
+use dataflow_graph::format::formula::Number;
 use dataflow_graph::format::model::ModelFile;
 use dataflow_graph::session::Session;
 use dataflow_kernels::device::CpuDevice;
@@ -109,5 +110,27 @@ fn compile_time() {
         println!("{file:?}: {seconds:.3} s, arena {arena}, {} of the live peak", arena as f64 / peak as f64);
         assert!(seconds < 0.5, "{file:?}");
         assert!(arena as f64 <= 1.05 * peak as f64, "{file:?}");
+    }
+}
+
+/// Dropout masks depend on an element's place and on the node, so fusing may not change them.
+#[test]
+fn dropout_draws_the_same_masks() {
+    for name in ["llama", "rwkv"] {
+        let model = read(&model(name));
+        let mut request = small(&common::model(name), true);
+        let set = [("vocab", 65), ("d_model", 32), ("n_layer", 2), ("n_head", 2)];
+        let mut set: std::collections::BTreeMap<_, _> =
+            set.into_iter().map(|(k, v)| (k.to_string(), Number::Int(v))).collect();
+        set.insert("dropout".into(), Number::Real(0.25));
+        request.scope = model.config(&set).unwrap_or_else(|e| panic!("{e}"));
+        request.options.micro_batches = 2;
+        let plain = train(&without(request.clone(), &optional()));
+        let exact = train(&without(request.clone(), &["merge", "merge_gradients"]));
+        let full = train(&request);
+        assert!(plain == exact, "{name}");
+        close(name, &plain.0, &full.0, 1e-5);
+        let without_dropout = train(&small(&common::model(name), true));
+        assert!(without_dropout.0[0] != full.0[0], "{name}: dropout does something");
     }
 }
