@@ -2,111 +2,27 @@
 
 mod common;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use common::compare::{BATCH, BLOCK, close, compiled, optional, request, train, without};
 use common::{MODELS, SHAKESPEARE, model};
-use dataflow_graph::check::check;
-use dataflow_graph::compile::{Compiled, Request, compile};
-use dataflow_graph::components::Options;
+use dataflow_graph::compile::{Request, compile};
 use dataflow_graph::format::formula::Number;
 use dataflow_graph::format::model::ModelFile;
-use dataflow_graph::op::Op;
-use dataflow_graph::registry::Registry;
 use dataflow_graph::session::Session;
 use dataflow_kernels::device::CpuDevice;
-use dataflow_ops::BuiltinOps;
-use dataflow_ops::optimizer::{AdamW, Schedule};
-
-const BATCH: usize = 2;
-const BLOCK: usize = 19;
-
-fn registry() -> Arc<Registry> {
-    let mut registry = Registry::new();
-    registry.add_plugin(&BuiltinOps);
-    Arc::new(registry)
-}
 
 fn models() -> Vec<PathBuf> {
     MODELS.iter().map(|name| model(name)).collect()
 }
 
-fn request(file: &Path, set: &[(&str, i64)], sizes: (usize, usize), training: bool) -> Request {
-    let registry = registry();
-    let model = Arc::new(ModelFile::read(file).unwrap_or_else(|e| panic!("{e}")));
-    let set = set.iter().map(|(k, v)| (k.to_string(), Number::Int(*v))).collect();
-    let scope = model.config(&set).unwrap_or_else(|e| panic!("{e}"));
-    let loss: Arc<dyn Op> = registry.ops().unwrap().get("CrossEntropy").unwrap().parse("()").unwrap();
-    // with a small epsilon, AdamW moves a weight whose gradient is nearly 0 by the sign of a rounding error
-    let optimizer =
-        AdamW { schedule: Schedule::Constant(1e-3), betas: (0.9, 0.99), eps: 1e-2, decay: 0.1, clip: Some(1.0) };
-    Request {
-        registry,
-        model,
-        scope,
-        options: Options { batch: sizes.0, block: sizes.1, micro_batches: 1, seed: 1, training, recurrent: None },
-        objectives: vec![("loss".into(), loss)],
-        optimizer: training.then(|| Arc::new(optimizer) as _),
-        without: vec![],
-    }
+fn read(file: &Path) -> ModelFile {
+    ModelFile::read(file).unwrap_or_else(|e| panic!("{e}"))
 }
 
 fn small(file: &Path, training: bool) -> Request {
-    request(file, &[("vocab", 65), ("d_model", 32), ("n_layer", 2), ("n_head", 2)], (BATCH, BLOCK), training)
-}
-
-fn compiled(request: &Request) -> Compiled {
-    let compiled = compile(request).unwrap_or_else(|e| panic!("{e}"));
-    check(&compiled.plan).unwrap_or_else(|e| panic!("{e}"));
-    compiled
-}
-
-/// Losses of three updates of `micro_batches`, the gradients before the first one, and the parameters at last.
-fn train(request: &Request) -> (Vec<f32>, BTreeMap<String, Vec<f32>>) {
-    let compiled = compiled(request);
-    let device = Arc::new(CpuDevice::new(Some(2)).unwrap());
-    let mut session = Session::new(device, &compiled, None).unwrap_or_else(|e| panic!("{e}"));
-    session.initialize(1).unwrap();
-    let (mut losses, mut tensors) = (vec![], BTreeMap::new());
-    for update in 0..3 {
-        for part in 0..request.options.micro_batches {
-            let at = |i: usize| ((i * i + 7 * i + 5 * (update + 3 * part)) % 65) as i32;
-            session.write_input("tokens", &(0..BATCH * BLOCK).map(at).collect::<Vec<_>>());
-            // a target of -1 does not count
-            let target = |i: usize| if i % 11 == 4 { -1 } else { at(i + 1) };
-            session.write_input("targets", &(0..BATCH * BLOCK).map(target).collect::<Vec<_>>());
-            session.run_step().unwrap();
-            losses.push(session.scalar("loss").unwrap());
-        }
-        if update == 0 {
-            for (name, port) in session.plan().states.iter().filter(|s| s.0.ends_with(".gradient")) {
-                tensors.insert(name.clone(), session.read::<f32>(port));
-            }
-        }
-        session.run_update().unwrap();
-    }
-    for planned in &session.plan().parameters {
-        tensors.insert(planned.parameter.name.clone(), session.read::<f32>(&planned.port));
-    }
-    (losses, tensors)
-}
-
-#[track_caller]
-fn close(what: &str, a: &[f32], b: &[f32], tolerance: f32) {
-    assert_eq!(a.len(), b.len());
-    let largest = a.iter().fold(1e-30f32, |m, x| m.max(x.abs()));
-    let error = a.iter().zip(b).fold(0.0f32, |m, (x, y)| m.max((x - y).abs())) / largest;
-    assert!(error <= tolerance, "{what}: {error:e}");
-}
-
-fn without(mut request: Request, systems: &[&str]) -> Request {
-    request.without = systems.iter().map(|s| s.to_string()).collect();
-    request
-}
-
-fn optional() -> Vec<&'static str> {
-    registry().systems.optional().collect()
+    request(read(file), &[("vocab", 65), ("d_model", 32), ("n_layer", 2), ("n_head", 2)], (BATCH, BLOCK), training)
 }
 
 #[test]
@@ -163,7 +79,7 @@ fn evaluation_gives_the_loss_of_training() {
 #[test]
 fn plans_are_small() {
     for file in models() {
-        let request = request(&file, SHAKESPEARE, (8, 256), true);
+        let request = request(read(&file), SHAKESPEARE, (8, 256), true);
         let (full, plain) = (compiled(&request), compiled(&without(request.clone(), &optional())));
         let (layout, before) = (&full.plan.layout, &plain.plan.layout);
         println!(
@@ -186,7 +102,7 @@ fn plans_are_small() {
 #[ignore = "for people: the time to compile models of 120 million parameters"]
 fn compile_time() {
     for file in models() {
-        let request = request(&file, &[], (4, 1024), true);
+        let request = request(read(&file), &[], (4, 1024), true);
         let start = std::time::Instant::now();
         let plan = compile(&request).unwrap_or_else(|e| panic!("{e}")).plan;
         let seconds = start.elapsed().as_secs_f64();
@@ -194,5 +110,27 @@ fn compile_time() {
         println!("{file:?}: {seconds:.3} s, arena {arena}, {} of the live peak", arena as f64 / peak as f64);
         assert!(seconds < 0.5, "{file:?}");
         assert!(arena as f64 <= 1.05 * peak as f64, "{file:?}");
+    }
+}
+
+/// Dropout masks depend on an element's place and on the node, so fusing may not change them.
+#[test]
+fn dropout_draws_the_same_masks() {
+    for name in ["llama", "rwkv"] {
+        let model = read(&model(name));
+        let mut request = small(&common::model(name), true);
+        let set = [("vocab", 65), ("d_model", 32), ("n_layer", 2), ("n_head", 2)];
+        let mut set: std::collections::BTreeMap<_, _> =
+            set.into_iter().map(|(k, v)| (k.to_string(), Number::Int(v))).collect();
+        set.insert("dropout".into(), Number::Real(0.25));
+        request.scope = model.config(&set).unwrap_or_else(|e| panic!("{e}"));
+        request.options.micro_batches = 2;
+        let plain = train(&without(request.clone(), &optional()));
+        let exact = train(&without(request.clone(), &["merge", "merge_gradients"]));
+        let full = train(&request);
+        assert!(plain == exact, "{name}");
+        close(name, &plain.0, &full.0, 1e-5);
+        let without_dropout = train(&small(&common::model(name), true));
+        assert!(without_dropout.0[0] != full.0[0], "{name}: dropout does something");
     }
 }

@@ -79,11 +79,14 @@ fn merge_into(world: &mut World, positions: &mut Positions, node: NodeId, option
             Of::Consumer(i) => world.inputs(node)[i],
         };
         let wanted: Vec<ValueId> = wanted.iter().map(inputs_of).collect();
-        if let Some(name) = name {
-            world.set(node, name);
-        }
-        replace(world, node, producer, op, &wanted, &given)?;
-        positions.update(world, node);
+        // where all is there already, the node runs in the producer's place, and frees what it reads early
+        let others: Vec<ValueId> = inputs.iter().copied().filter(|v| *v != value).collect();
+        let early = positions.ready(world, &others, producer);
+        let (keep, gone) = if early { (producer, node) } else { (node, producer) };
+        let name = name.unwrap_or_else(|| world.expect::<Name>(node).clone());
+        world.set(keep, name);
+        replace(world, keep, gone, op, &wanted, &given)?;
+        positions.update(world, keep);
         return Ok(true);
     }
     Ok(false)

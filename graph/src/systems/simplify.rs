@@ -137,11 +137,16 @@ fn views(world: &mut World) -> Result<(), OpError> {
         match view {
             View::Columns(columns) => {
                 let readable = |v: &ValueId| {
+                    let whole = world.expect::<TensorType>(*v) == &types[0];
                     !is_output(world, *v)
                         && !is_updated(world, *v)
-                        && world.consumers(*v).into_iter().all(|(n, _)| world.expect::<OpRef>(n).0.strided())
+                        && world.consumers(*v).into_iter().all(|(n, _)| whole || world.expect::<OpRef>(n).0.strided())
                 };
-                if outputs.iter().all(readable) && !is_updated(world, inputs[0]) {
+                // parameters change when all micro-batches are done
+                let steady = *world.expect::<Role>(inputs[0]) == Role::Parameter
+                    && *world.expect::<Phase>(node) == Phase::Step
+                    || !is_updated(world, inputs[0]);
+                if outputs.iter().all(readable) && steady {
                     for (&value, column) in outputs.iter().zip(columns) {
                         world.set(value, Alias { of: inputs[0], column });
                     }

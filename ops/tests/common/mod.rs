@@ -1,6 +1,8 @@
 //! What the tests of model files share.
 #![allow(dead_code)]
 
+pub mod compare;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
