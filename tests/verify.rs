@@ -261,6 +261,11 @@ fn parameters_that_differ_are_listed() {
     ]);
     with_header(&llama, r#"\"n_embd\": 32"#, r#"\"n_embd\": 64"#, &path);
     expect(&["`transformer.wte.weight` is [65, 64], but [65, 32] in the file"]);
+    with_header(&llama, "\"grad/transformer.ln_f.weight\"", "\"grad/transformer.ln_g.weight\"", &path);
+    expect(&["no tensor `grad/transformer.ln_f.weight`"]);
+    let adamw = golden("ops/adamw.safetensors");
+    with_header(&adamw, "\"case1/in/p2\"", "\"case1/in/q2\"", &path);
+    expect(&["`case1/out/m2` is the result of nothing"]);
     with_header(&llama, r#""n_params":"59584""#, r#""n_params":"59585""#, &path);
     expect(&["59584 trained numbers, but 59585 in the file"]);
     with_header(&llama, r#"[\"transformer.wte.weight\""#, r#"[\"transformer.ate.weight\""#, &path);

@@ -69,6 +69,9 @@ pub struct Options {
     pub seed: u64,
     /// Whether the model is trained: backward pass, update, dropout.
     pub training: bool,
+    /// For decoding: every op that looks back keeps a state and takes one token at a time (`block` is 1); a state that
+    /// grows with the context has room for so many tokens.
+    pub recurrent: Option<usize>,
 }
 
 /// Resource: the loss and other figures, each an op of (logits, targets) with a name. The first is the loss.

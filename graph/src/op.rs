@@ -138,6 +138,16 @@ impl dyn Op {
     }
 }
 
+/// The form of an op that takes one token at a time and keeps a state.
+#[derive(Clone, Debug)]
+pub struct Recurrent {
+    /// What it does. Its inputs are those of the op, parameters included, then the states; its outputs are those that
+    /// a row names, then the states, which it [`updates`](Op::updates).
+    pub op: Arc<dyn Op>,
+    /// Name and type of each state; all are 0 before the first token.
+    pub states: Vec<(&'static str, TensorType)>,
+}
+
 /// A registered kind of node.
 pub trait Op: Any + fmt::Debug + Send + Sync + 'static {
     /// How many data inputs a row may give.
@@ -226,6 +236,15 @@ pub trait Op: Any + fmt::Debug + Send + Sync + 'static {
     /// consumer first.
     fn merge(&self, _pair: &Pair<'_>) -> Option<Merged> {
         None
+    }
+
+    /// The form for decoding, given the types of the data inputs at one token, `[B, 1, ..]`; `capacity` is the number
+    /// of tokens that a state which grows with the context must hold. `None` where no token depends on others.
+    ///
+    /// # Errors
+    /// What does not fit.
+    fn recurrent(&self, _inputs: &[TensorType], _capacity: usize) -> Result<Option<Recurrent>, OpError> {
+        Ok(None)
     }
 
     /// What stands in for the op when the model is evaluated: dropout becomes nothing.

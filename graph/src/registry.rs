@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::Arc;
 
+use ron::extensions::Extensions;
 use serde::Serialize;
 use serde::de::{self, DeserializeOwned, Deserializer, Visitor};
 
@@ -124,15 +125,12 @@ impl Registry {
         let shown = options()
             .from_str::<T>(example)
             .ok()
-            .and_then(|t| {
-                ron::ser::to_string_pretty(
-                    &t,
-                    ron::ser::PrettyConfig::new()
-                        .extensions(ron::extensions::Extensions::IMPLICIT_SOME)
-                        .compact_structs(true),
-                )
-                .ok()
+            .and_then(|sample| {
+                let pretty = ron::ser::PrettyConfig::new().compact_structs(true).extensions(Extensions::IMPLICIT_SOME);
+                ron::ser::to_string_pretty(&sample, pretty).ok()
             })
+            // without the line that enables the extension
+            .and_then(|text| text.lines().last().map(str::to_string))
             .unwrap_or_default();
         let entry = Entry {
             info,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use dataflow_graph::format::number::{Real, Size};
 use dataflow_graph::gradient::Gradient;
-use dataflow_graph::op::{Cost, NodeView, Op, OpError};
+use dataflow_graph::op::{Cost, NodeView, Op, OpError, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::attention::{self, Dims};
@@ -14,6 +14,7 @@ use dataflow_kernels::random::Keep;
 use serde::{Deserialize, Serialize};
 
 use crate::elementwise::{check_probability, site_of};
+use crate::recurrent::{counter, next_position, one_token};
 use crate::sequence::{head_dim, same, sizes};
 
 /// `y_i = sum over j <= i of softmax_j(D^-1/2 q_i . k_j) v_j` in every head; q, k, v, y `[B, T, heads D]`. The
@@ -74,6 +75,23 @@ impl Op for CausalAttention {
                 Ok(())
             })),
         }
+    }
+    /// Keys and values of all tokens so far are kept, `capacity` of them at most.
+    fn recurrent(&self, inputs: &[TensorType], capacity: usize) -> Result<Option<Recurrent>, OpError> {
+        let Dims { batch, heads, .. } = self.dims(&inputs[0])?;
+        let cache = TensorType::f32([batch * capacity, inputs[0].cols()]);
+        let states = vec![("keys", cache.clone()), ("values", cache), counter()];
+        Ok(Some(one_token("CausalAttention", 3, vec![inputs[0].clone()], states, move |a| {
+            let position = next_position(a, 3, capacity)?;
+            let (k, v) = (a.rows::<f32>(1), a.rows::<f32>(2));
+            let (mut keys, mut values) = (a.rows_mut::<f32>(1), a.rows_mut::<f32>(2));
+            for b in 0..batch {
+                keys.row(b * capacity + position).copy_from_slice(k.row(b));
+                values.row(b * capacity + position).copy_from_slice(v.row(b));
+            }
+            attention::decode(heads, position + 1, a.rows(0), keys.as_rows(), values.as_rows(), a.rows_mut(0));
+            Ok(())
+        })))
     }
     fn strided(&self) -> bool {
         true

@@ -5,14 +5,17 @@ use std::ops::RangeInclusive;
 use dataflow_graph::format::number::{Flag, Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::Initializer;
-use dataflow_graph::op::{Cost, NodeView, Op, OpError, Parameter};
+use dataflow_graph::op::{Cost, NodeView, Op, OpError, Parameter, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::conv1d::{self, Conv, MAX_TAPS};
+use dataflow_kernels::cpu::threads::with_scratch;
 use dataflow_kernels::device::{Kernel, Target};
+use dataflow_kernels::{Rows, RowsMut};
 use serde::{Deserialize, Serialize};
 
 use crate::elementwise::Activation;
+use crate::recurrent::one_token;
 use crate::sequence::sizes;
 
 fn yes() -> Flag {
@@ -74,6 +77,24 @@ impl Op for CausalConv1d {
                 Ok(())
             })),
         }
+    }
+    fn recurrent(&self, inputs: &[TensorType], _: usize) -> Result<Option<Recurrent>, OpError> {
+        let ((batch, _, channels), width) = (sizes(&inputs[0])?, *self.width);
+        let (bias, silu) = (*self.bias, self.activation == Activation::Silu);
+        let len = batch * (width - 1) * channels;
+        let window = ("window", TensorType::f32([batch * (width - 1), channels]));
+        let inputs_and_parameters = 2 + usize::from(bias);
+        Ok(Some(one_token("CausalConv1d", inputs_and_parameters, vec![inputs[0].clone()], vec![window], move |a| {
+            let conv = Conv { weight: a.slice(1), bias: bias.then(|| a.slice(2)), silu };
+            let window = a.slice_mut::<f32>(1);
+            // the kernel reads the old window while it writes the new one
+            with_scratch(len, |old| {
+                old.copy_from_slice(window);
+                let (old, new) = (Rows::contiguous(old, channels), RowsMut::contiguous(window, channels));
+                conv1d::forward(conv, a.rows(0), 1, Some(old), a.rows_mut(0), Some(new));
+            });
+            Ok(())
+        })))
     }
     fn strided(&self) -> bool {
         true

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use dataflow_graph::format::number::{Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::Initializer;
-use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter};
+use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::{DType, TensorType};
 use dataflow_kernels::cpu::embedding;
@@ -15,6 +15,7 @@ use dataflow_kernels::device::{Kernel, KernelError, Target};
 use serde::{Deserialize, Serialize};
 
 use crate::norm::is_sum;
+use crate::recurrent::{counter, next_position, one_token};
 
 fn normal() -> Initializer {
     Initializer::Normal { std: Real(0.02) }
@@ -154,6 +155,14 @@ impl Op for PositionEmbedding {
                 Ok(())
             })),
         }
+    }
+    fn recurrent(&self, _: &[TensorType], _: usize) -> Result<Option<Recurrent>, OpError> {
+        let (rows, result) = (*self.rows, TensorType::f32([1, *self.dim]));
+        Ok(Some(one_token("PositionEmbedding", 2, vec![result], vec![counter()], move |a| {
+            let position = next_position(a, 1, rows)?;
+            copy_rows(a.rows(1).slice_rows(position, position + 1), a.rows_mut(0));
+            Ok(())
+        })))
     }
     fn strided(&self) -> bool {
         true

@@ -5,13 +5,14 @@ use std::ops::RangeInclusive;
 
 use dataflow_graph::format::number::{Flag, Real, Size};
 use dataflow_graph::gradient::Gradient;
-use dataflow_graph::op::{Cost, NodeView, Op, OpError};
+use dataflow_graph::op::{Cost, NodeView, Op, OpError, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::{gla, retention, wkv};
 use dataflow_kernels::device::{Kernel, Target};
 use serde::{Deserialize, Serialize};
 
+use crate::recurrent::one_token;
 use crate::sequence::{head_dim, same, sizes};
 
 /// Rows of a chunk, for estimates of work.
@@ -74,6 +75,16 @@ impl Op for Wkv {
                 Ok(())
             })),
         }
+    }
+    fn recurrent(&self, inputs: &[TensorType], _: usize) -> Result<Option<Recurrent>, OpError> {
+        let (batch, _, cols) = sizes(&inputs[0])?;
+        let dim = head_dim(cols, *self.heads)?;
+        let state = ("state", TensorType::f32([batch, *self.heads, dim, dim]));
+        Ok(Some(one_token("Wkv", 5, vec![inputs[0].clone()], vec![state], |a| {
+            let (y, state) = (a.rows_mut(0), a.slice_mut(1));
+            wkv::wkv_step(y, state, a.rows(0), a.rows(1), a.rows(2), a.slice(3), a.slice(4));
+            Ok(())
+        })))
     }
     fn strided(&self) -> bool {
         true
@@ -211,6 +222,17 @@ impl Op for Retention {
             })),
         }
     }
+    /// The published recurrent form, which has no row normaliser in either form.
+    fn recurrent(&self, inputs: &[TensorType], _: usize) -> Result<Option<Recurrent>, OpError> {
+        let dims = self.dims(&inputs[0], &inputs[2])?;
+        let state = ("state", TensorType::f32([dims.batch, dims.heads, dims.key_dim, dims.value_dim]));
+        let scale = ("scale", TensorType::f32([dims.heads]));
+        Ok(Some(one_token("Retention", 3, vec![inputs[2].clone()], vec![state, scale], move |a| {
+            let (y, state, scale) = (a.rows_mut(0), a.slice_mut(1), a.slice_mut(2));
+            retention::step(dims, a.rows(0), a.rows(1), a.rows(2), state, scale, y);
+            Ok(())
+        })))
+    }
     fn strided(&self) -> bool {
         true
     }
@@ -301,6 +323,17 @@ impl Op for GatedLinearAttention {
                 Ok(())
             })),
         }
+    }
+    fn recurrent(&self, inputs: &[TensorType], _: usize) -> Result<Option<Recurrent>, OpError> {
+        let ((batch, _, keys), values) = (sizes(&inputs[0])?, inputs[2].cols());
+        let (heads, scale) = (*self.heads, self.scale());
+        let (dk, dv) = (head_dim(keys, heads)?, head_dim(values, heads)?);
+        let state = ("state", TensorType::f32([batch, heads, dk, dv]));
+        Ok(Some(one_token("GatedLinearAttention", 4, vec![inputs[2].clone()], vec![state], move |a| {
+            let (y, state) = (a.rows_mut(0), a.slice_mut(1));
+            gla::gla_step(y, state, a.rows(0), a.rows(1), a.rows(2), a.rows(3), scale, heads);
+            Ok(())
+        })))
     }
     fn strided(&self) -> bool {
         true

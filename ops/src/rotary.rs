@@ -2,13 +2,14 @@
 
 use dataflow_graph::format::number::{Real, Size};
 use dataflow_graph::gradient::Gradient;
-use dataflow_graph::op::{Cost, NodeView, Op, OpError};
+use dataflow_graph::op::{Cost, NodeView, Op, OpError, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::rotary::{self, Direction, Rotation, rotate, rotate_in_place};
 use dataflow_kernels::device::{Kernel, Target};
 use serde::{Deserialize, Serialize};
 
+use crate::recurrent::{counter, next_position, one_token};
 use crate::sequence::{head_dim, sizes};
 
 /// Which channels of a head turn together.
@@ -46,6 +47,24 @@ pub struct Rotary {
     backward: bool,
 }
 
+impl Rotary {
+    /// How channels pair up, and the channels of a head.
+    fn heads(&self, x: &TensorType) -> Result<(rotary::Pairing, usize), OpError> {
+        let pairing = match self.pairing {
+            Pairing::Half => rotary::Pairing::Half,
+            Pairing::Interleaved => rotary::Pairing::Interleaved,
+        };
+        Ok((pairing, head_dim(sizes(x)?.2, *self.heads)?))
+    }
+
+    /// Cosines and sines of the first `time` positions.
+    fn angles(&self, pairing: rotary::Pairing, dim: usize, time: usize) -> (Vec<f32>, Vec<f32>) {
+        let (mut cos, mut sin) = (vec![0.0; time * dim / 2], vec![0.0; time * dim / 2]);
+        rotary::angles(pairing, self.base.0, dim, 0, &mut cos, &mut sin);
+        (cos, sin)
+    }
+}
+
 impl Op for Rotary {
     fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
         let (_, _, cols) = sizes(&inputs[0])?;
@@ -61,14 +80,9 @@ impl Op for Rotary {
         g.set(0, dx)
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
-        let (_, time, cols) = sizes(&node.inputs[0])?;
-        let dim = head_dim(cols, *self.heads)?;
-        let pairing = match self.pairing {
-            Pairing::Half => rotary::Pairing::Half,
-            Pairing::Interleaved => rotary::Pairing::Interleaved,
-        };
-        let (mut cos, mut sin) = (vec![0.0; time * dim / 2], vec![0.0; time * dim / 2]);
-        rotary::angles(pairing, self.base.0, dim, 0, &mut cos, &mut sin);
+        let (_, time, _) = sizes(&node.inputs[0])?;
+        let (pairing, dim) = self.heads(&node.inputs[0])?;
+        let (cos, sin) = self.angles(pairing, dim, time);
         let direction = if self.backward { Direction::Backward } else { Direction::Forward };
         let scale = self.scale.0 as f32;
         match target {
@@ -84,6 +98,19 @@ impl Op for Rotary {
     }
     fn in_place(&self) -> Vec<(usize, usize)> {
         vec![(0, 0)]
+    }
+    fn recurrent(&self, inputs: &[TensorType], capacity: usize) -> Result<Option<Recurrent>, OpError> {
+        let (pairing, dim) = self.heads(&inputs[0])?;
+        let scale = self.scale.0 as f32;
+        let half = dim / 2;
+        let (cos, sin) = self.angles(pairing, dim, capacity);
+        Ok(Some(one_token("Rotary", 1, vec![inputs[0].clone()], vec![counter()], move |a| {
+            let position = next_position(a, 1, capacity)?;
+            let at = position * half..(position + 1) * half;
+            let rotation = Rotation { pairing, head_dim: dim, cos: &cos[at.clone()], sin: &sin[at], scale };
+            rotate(rotation, Direction::Forward, a.rows(0), a.rows_mut(0));
+            Ok(())
+        })))
     }
     fn strided(&self) -> bool {
         true

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::{ElementFormula, Initializer};
-use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter};
+use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::scan::Dims;
@@ -14,6 +14,7 @@ use dataflow_kernels::device::{Kernel, Target};
 use serde::{Deserialize, Serialize};
 
 use crate::elementwise::{Activation, Gate};
+use crate::recurrent::one_token;
 use crate::sequence::{same, sizes};
 
 /// The Longhorn update, which solves online associative recall in closed form (arXiv:2407.14207):
@@ -114,6 +115,16 @@ impl Op for Longhorn {
             })),
         }
     }
+    fn recurrent(&self, inputs: &[TensorType], _: usize) -> Result<Option<Recurrent>, OpError> {
+        let dims = dims(&inputs[0], &inputs[1])?;
+        let state = ("state", TensorType::f32([dims.batch * dims.state, dims.channels]));
+        Ok(Some(one_token("Longhorn", 5, vec![inputs[0].clone()], vec![state], move |a| {
+            let (u, q, k, dt, skip) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3), Some(a.slice(4)));
+            let inputs = longhorn::Inputs { u, dt, q, k, t_bias: None, skip, gate: None };
+            longhorn::step(dims, &inputs, a.rows_mut(0), a.slice_mut(1));
+            Ok(())
+        })))
+    }
     fn strided(&self) -> bool {
         true
     }
@@ -202,6 +213,17 @@ impl Op for SelectiveScan {
                 Ok(())
             })),
         }
+    }
+    fn recurrent(&self, inputs: &[TensorType], _: usize) -> Result<Option<Recurrent>, OpError> {
+        let dims = dims(&inputs[0], &inputs[2])?;
+        let state = ("state", TensorType::f32([dims.batch * dims.state, dims.channels]));
+        Ok(Some(one_token("SelectiveScan", 6, vec![inputs[0].clone()], vec![state], move |a| {
+            let (u, delta, b, c) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3));
+            let (a_log, skip) = (a.slice(4), Some(a.slice(5)));
+            let inputs = selective_scan::Inputs { u, delta, a_log, b, c, delta_bias: None, skip, gate: None };
+            selective_scan::step(dims, &inputs, a.rows_mut(0), a.slice_mut(1));
+            Ok(())
+        })))
     }
     fn strided(&self) -> bool {
         true

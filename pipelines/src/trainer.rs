@@ -215,6 +215,7 @@ impl Setup {
                 micro_batches: if training { self.micro_batches } else { 1 },
                 seed: self.seed,
                 training,
+                recurrent: None,
             },
             objectives: objective.list(training),
             optimizer: training.then(|| self.optimized.optimizer(self.steps)),

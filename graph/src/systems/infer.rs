@@ -9,13 +9,24 @@ use std::sync::Arc;
 
 use super::expand::RowNames;
 use super::{op_error, push_once};
-use crate::build::{add_source, finish, types_of};
-use crate::components::{Decays, Name, OpRef, ParameterOf, Parameters, Role};
+use crate::build::{add_source, finish, state, types_of};
+use crate::components::{Decays, Name, OpRef, Options, ParameterOf, Parameters, Role};
 use crate::diagnostic::{Errors, nearest};
 use crate::format::model::ModelFile;
-use crate::op::{Op, OpError};
+use crate::op::{Op, OpError, Recurrent};
 use crate::types::TensorType;
 use crate::world::{NodeId, ValueId, World};
+
+/// Gives a node its recurrent form: states as further inputs, and as further outputs that update them.
+fn recur(world: &mut World, node: NodeId, name: &str, recurrent: Recurrent) -> Result<Vec<TensorType>, OpError> {
+    for (state_name, tensor) in recurrent.states {
+        let value = state(world, &format!("{name}.{state_name}"), tensor);
+        world.push_input(node, value);
+    }
+    let outputs = recurrent.op.infer(&types_of(world, &world.inputs(node)))?;
+    world.set(node, OpRef(recurrent.op));
+    Ok(outputs)
+}
 
 /// See the [module](self).
 ///
@@ -103,6 +114,12 @@ fn infer_node(
         world.push_input(node, value);
     }
     finish(world, node, op);
+    let capacity = world.resource::<Options>().and_then(|o| o.recurrent);
+    let outputs = match capacity.map(|capacity| op.recurrent(&types, capacity).map_err(context)).transpose()?.flatten()
+    {
+        Some(recurrent) => recur(world, node, &name, recurrent)?,
+        None => outputs,
+    };
     let existing = world.outputs(node);
     for (port, tensor) in outputs.into_iter().enumerate() {
         let value = match existing.get(port) {

@@ -40,7 +40,7 @@ pub fn request(model: ModelFile, set: &[(&str, i64)], sizes: (usize, usize), tra
         registry,
         model,
         scope,
-        options: Options { batch: sizes.0, block: sizes.1, micro_batches: 1, seed: 1, training },
+        options: Options { batch: sizes.0, block: sizes.1, micro_batches: 1, seed: 1, training, recurrent: None },
         objectives: vec![("loss".into(), loss)],
         optimizer: training.then(|| Arc::new(optimizer) as _),
         without: vec![],

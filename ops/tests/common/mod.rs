@@ -47,7 +47,7 @@ pub fn training(file: &Path, set: &[(&str, i64)], batch: usize, block: usize) ->
         registry: Arc::new(registry),
         model,
         scope,
-        options: Options { batch, block, micro_batches: 1, seed: 1, training: true },
+        options: Options { batch, block, micro_batches: 1, seed: 1, training: true, recurrent: None },
         objectives: vec![("loss".into(), loss)],
         optimizer: Some(Arc::new(AdamW {
             schedule: Schedule::Constant(1e-2),

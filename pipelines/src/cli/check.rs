@@ -101,7 +101,7 @@ fn check_model(registry: &Arc<Registry>, model: &Arc<ModelFile>, scope: Scope) -
         registry: registry.clone(),
         model: model.clone(),
         scope,
-        options: Options { batch: 1, block: block.max(1), micro_batches: 1, seed: 0, training: false },
+        options: Options { batch: 1, block: block.max(1), micro_batches: 1, seed: 0, training: false, recurrent: None },
         objectives: Vec::new(),
         optimizer: None,
         without: Vec::new(),

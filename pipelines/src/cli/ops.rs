@@ -78,14 +78,15 @@ fn describe(s: &Shown<'_>) -> String {
     let mut text = format!("{} ({})\n  {}\n", s.info.name, s.kind, s.info.about);
     let mut line = |name: &str, value: &str| {
         if !value.is_empty() {
-            text += &format!("  {name:<11} {}\n", value.replace('\n', "\n              "));
+            text += &format!("  {name:<12} {}\n", value.replace('\n', "\n               "));
         }
     };
     line("inputs:", &s.info.inputs.join(", "));
     line("formula:", s.info.formula);
     line("source:", s.info.source);
     line("attributes:", &s.attributes.join(", "));
-    line("must be set:", s.info.example.trim_matches(['(', ')']));
+    let example = s.info.example;
+    line("must be set:", example.strip_prefix('(').and_then(|e| e.strip_suffix(')')).unwrap_or(example));
     // with the defaults of all attributes that need not be set
     if !s.attributes.is_empty() {
         line("in full:", &format!("{}{}", s.info.name, s.sample));

@@ -52,6 +52,7 @@ impl Plan {
             micro_batches: 1,
             seed: 0,
             training: true,
+            recurrent: None,
         };
         let request = |without: Vec<String>| Request {
             registry: registry.clone(),

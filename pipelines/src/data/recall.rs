@@ -20,7 +20,7 @@
 use dataflow_kernels::random::Stream;
 use serde::{Deserialize, Serialize};
 
-use super::batch::{Batch, BatchError, BatchSource, Draw, IGNORED, check_shape};
+use super::batch::{Batch, BatchError, BatchSource, Draw, IGNORED, Purpose, check_shape};
 use super::streams::row_stream;
 
 /// `Recall(batch: 64, block: 64, vocabulary: 64, pairs: 4)`.
@@ -41,11 +41,23 @@ pub struct Recall {
     pub power_a: f64,
     /// What stands where no key is queried.
     pub fillers: Fillers,
+    /// Training steps over which the share of random fillers grows from 0 to all; the others are 0. A recurrent model
+    /// finds the rule among few distractions and then learns to ignore them. Evaluation always has all of them.
+    pub curriculum: u64,
 }
 
 impl Default for Recall {
     fn default() -> Recall {
-        Recall { batch: 64, block: 64, vocabulary: 64, pairs: 4, queries: 1, power_a: 0.01, fillers: Fillers::Random }
+        Recall {
+            batch: 64,
+            block: 64,
+            vocabulary: 64,
+            pairs: 4,
+            queries: 1,
+            power_a: 0.01,
+            fillers: Fillers::Random,
+            curriculum: 0,
+        }
     }
 }
 
@@ -170,7 +182,7 @@ pub struct RecallBatches {
 }
 
 impl RecallBatches {
-    fn fill_row(&mut self, mut random: Stream, inputs: &mut [i32], targets: &mut [i32]) {
+    fn fill_row(&mut self, mut random: Stream, share: f32, inputs: &mut [i32], targets: &mut [i32]) {
         let Recall { pairs, queries, fillers, .. } = self.task;
         targets.fill(IGNORED);
         // -1 marks what is left for the fillers.
@@ -192,6 +204,7 @@ impl RecallBatches {
         for token in asked.iter_mut().filter(|token| **token < 0) {
             *token = match fillers {
                 Fillers::Zero => 0,
+                Fillers::Random if share < 1.0 && random.uniform() >= share => 0,
                 // Ends soon: at most half of the vocabulary are keys.
                 Fillers::Random => loop {
                     let token = random.below(self.task.vocabulary);
@@ -232,9 +245,13 @@ impl BatchSource for RecallBatches {
         batch.resize(self.task.batch, self.task.block);
         batch.step = draw.step;
         let block = self.task.block;
+        let share = match draw.purpose {
+            Purpose::Training if draw.step < self.task.curriculum => draw.step as f32 / self.task.curriculum as f32,
+            _ => 1.0,
+        };
         let rows = batch.inputs.chunks_exact_mut(block).zip(batch.targets.chunks_exact_mut(block));
         for (row, (inputs, targets)) in rows.enumerate() {
-            self.fill_row(row_stream(self.seed, draw, row), inputs, targets);
+            self.fill_row(row_stream(self.seed, draw, row), share, inputs, targets);
         }
         Ok(())
     }

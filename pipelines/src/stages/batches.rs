@@ -45,6 +45,9 @@ pub struct Recall {
     power_a: Real,
     #[serde(default = "random")]
     fillers: Fillers,
+    /// Training steps over which the share of random fillers grows from 0 to all.
+    #[serde(default)]
+    curriculum: Size,
 }
 
 fn one() -> Size {
@@ -75,6 +78,7 @@ impl Stage for Recall {
             queries: *self.queries,
             power_a: self.power_a.0,
             fillers: self.fillers,
+            curriculum: *self.curriculum as u64,
         };
         Ok(Product::Batches(Box::new(task.source(run.seed).map_err(StageError::from_error)?)))
     }

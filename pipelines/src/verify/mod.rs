@@ -13,6 +13,7 @@ mod report;
 pub mod tolerance;
 mod update;
 
+use std::collections::HashSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -145,6 +146,7 @@ pub fn verify_file(
                 return Err(Problem::Content("the metadata names both an `op` and a `model`".into()));
             }
         }
+        judge.check_complete(&file)?;
         Ok(judge.comparisons)
     };
     run().map_err(|problem| VerifyError { path: path.to_path_buf(), problem })
@@ -186,6 +188,19 @@ impl Judge {
             tolerance,
             ok,
         });
+    }
+}
+
+impl Judge {
+    /// Fails if the file has results that nothing was compared with: those of a case that the metadata does not
+    /// list, or of an input that is not there.
+    fn check_complete(&self, file: &GoldenFile) -> Result<(), Problem> {
+        let compared: HashSet<&str> = self.comparisons.iter().map(|c| c.tensor.as_str()).collect();
+        let result = |name: &str| name.starts_with("grad/") || name.contains("/grad/") || name.contains("/out/");
+        match file.below("").find(|(name, _)| result(name) && !compared.contains(name)) {
+            Some((name, _)) => Err(Problem::Content(format!("`{name}` is the result of nothing that the file lists"))),
+            None => Ok(()),
+        }
     }
 }
 

@@ -138,12 +138,16 @@ impl<'a> Golden<'a> {
         optimizer: Option<Arc<dyn Optimizer>>,
     ) -> Result<Compiled, Problem> {
         let training = optimizer.is_some();
-        let objectives = if training { vec![("loss".to_string(), self.loss.clone())] } else { Vec::new() };
+        self.compile_with(Options { batch, block, micro_batches, seed: 0, training, recurrent: None }, optimizer)
+    }
+
+    fn compile_with(&self, options: Options, optimizer: Option<Arc<dyn Optimizer>>) -> Result<Compiled, Problem> {
+        let objectives = if options.training { vec![("loss".to_string(), self.loss.clone())] } else { Vec::new() };
         Ok(compile(&Request {
             registry: self.registry.clone(),
             model: self.model.clone(),
             scope: self.scope.clone(),
-            options: Options { batch, block, micro_batches, seed: 0, training },
+            options,
             objectives,
             optimizer,
             without: Vec::new(),
@@ -203,6 +207,23 @@ impl<'a> Golden<'a> {
         session.write_input("tokens", idx);
         session.run_step()?;
         judge.compare(logits, &output(&session, "logits")?, self.file.real(logits)?.1, tolerance);
+        Ok(())
+    }
+
+    /// The logits of the recurrent program, which is given one token after the other.
+    fn compare_steps(&self, tokens: &str, logits: &str, tolerance: f64, judge: &mut Judge) -> Result<(), Problem> {
+        let ([batch, time], idx) = self.tokens(tokens)?;
+        let options = Options { batch, block: 1, micro_batches: 1, seed: 0, training: false, recurrent: Some(time) };
+        let mut session = self.session(&self.compile_with(options, None)?)?;
+        let mut made = vec![Vec::new(); batch];
+        for t in 0..time {
+            let column: Vec<i32> = (0..batch).map(|b| idx[b * time + t]).collect();
+            session.write_input("tokens", &column);
+            session.run_step()?;
+            let step = output(&session, "logits")?;
+            made.iter_mut().zip(step.chunks(step.len() / batch)).for_each(|(made, row)| made.extend_from_slice(row));
+        }
+        judge.compare(format!("{logits} by steps"), &made.concat(), self.file.real(logits)?.1, tolerance);
         Ok(())
     }
 
@@ -302,6 +323,8 @@ pub(super) fn verify(
     golden.compare_trajectory(judge)?;
     // another batch and a longer sequence than in training
     golden.compare_logits("decode/idx", "decode/logits", tolerance::VALUES, judge)?;
+    let published = if file.tensor(RECURRENT_LOGITS).is_ok() { RECURRENT_LOGITS } else { "decode/logits" };
+    golden.compare_steps("decode/idx", published, tolerance::VALUES, judge)?;
     // where the published model decodes in another form than it trains in, the model file's other form is that one
     if file.tensor(RECURRENT_LOGITS).is_ok() && golden.scope.get(EXACT).is_some() {
         let scope = golden.scope.with(EXACT, Number::Int(0));

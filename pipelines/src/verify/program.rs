@@ -108,7 +108,7 @@ impl Rows {
         world.set_resource(registry.clone());
         world.set_resource(model);
         world.set_resource(Scope::new(self.scope.clone()));
-        world.set_resource(Options { batch, block, micro_batches: 1, seed: 0, training: true });
+        world.set_resource(Options { batch, block, micro_batches: 1, seed: 0, training: true, recurrent: None });
         world.set_resource(OptimizerRef(optimizer));
         expand(&mut world)?;
         self.add_loss(&mut world)?;

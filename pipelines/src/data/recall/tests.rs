@@ -120,3 +120,22 @@ fn ron_form() {
     assert_eq!(task, Recall { batch: 8, block: 32, pairs: 4, fillers: Fillers::Zero, ..Recall::default() });
     assert!(ron::from_str::<Recall>("(pears: 4)").unwrap_err().to_string().contains("pears"));
 }
+
+#[test]
+fn the_curriculum_fades_fillers_in_for_training_only() {
+    let task = Recall { block: 64, curriculum: 100, ..Recall::default() };
+    let mut source = task.source(1).unwrap();
+    let mut batch = Batch::new(1, 1);
+    let mut random_share = |draw: Draw| {
+        source.fill(draw, &mut batch).unwrap();
+        let fillers = batch.inputs.chunks(64).flat_map(|row| &row[8..]).filter(|&&token| token != 0).count();
+        // four of the places are queries, and a random filler is 0 now and then
+        (fillers as f64 / batch.batch as f64 - 4.0) / 52.0
+    };
+    assert_eq!(random_share(Draw::training(0)), 0.0);
+    let half = random_share(Draw::training(50));
+    assert!((0.4..0.6).contains(&half), "{half}");
+    for whole in [random_share(Draw::training(100)), random_share(Draw::evaluation(Split::Train, 0))] {
+        assert!(whole > 0.95, "{whole}");
+    }
+}
