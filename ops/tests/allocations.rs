@@ -14,11 +14,11 @@ use dataflow_kernels::device::CpuDevice;
 #[global_allocator]
 static HEAP: CountingAllocator = CountingAllocator::new();
 
-const WARM_UP: usize = 3;
-const STEPS: usize = 5;
+/// More than one block of a queue holds: what allocates now and then shows.
+const STEPS: usize = 40;
 
 #[test]
-fn a_training_step_allocates_nothing_after_the_first_ones() {
+fn a_training_step_allocates_nothing_after_the_first() {
     let mut failures = Vec::new();
     for threads in [1, 2] {
         let device = Arc::new(CpuDevice::new(Some(threads)).unwrap());
@@ -36,11 +36,9 @@ fn a_training_step_allocates_nothing_after_the_first_ones() {
                 session.run_update().unwrap();
                 HEAP.count() - before
             };
-            for _ in 0..WARM_UP {
-                update();
-            }
+            // in the first step every thread gets its scratch memory
+            update();
             let counts: [usize; STEPS] = std::array::from_fn(|_| update());
-            println!("{name:9} {threads} threads: {counts:?}");
             if counts != [0; STEPS] {
                 failures.push((name, threads, counts));
             }
