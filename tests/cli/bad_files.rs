@@ -143,8 +143,8 @@ fn errors_of_config_and_of_rows_at_once() {
     // what follows from a wrong name is not said again
     folder.says(
         &["check", "m.ron"],
-        "error: m.ron:2:63: config `wide`: `d_model / zero`: division by zero where d_model = 8, zero = 0\n\
-         error: m.ron:2:109: config `odd`: `d_modl + 1`: unknown name `d_modl`, did you mean `d_model`?\n\
+        "error: m.ron:2:66: config `wide`: `d_model / zero`: division by zero where d_model = 8, zero = 0\n\
+         error: m.ron:2:113: config `odd`: `d_modl + 1`: unknown name `d_modl`, did you mean `d_model`?\n\
          error: m.ron:4:33: row `embedding`: `Embedding`: unknown attribute `row`, expected one of: rows, dim, init\n  \
          help: did you mean `rows`?\n",
     );

@@ -69,14 +69,15 @@ pub fn expand(world: &mut World) -> Result<(), Errors> {
         training: options.training,
         errors: Errors::default(),
         nodes: 0,
+        follows: false,
     };
     let names = HashMap::from([("tokens".to_string(), Some(tokens))]);
     let made = expander.rows(&model.rows, names, &model.prefix, &scope, 0);
-    let mut errors = expander.errors;
-    if !errors.0.is_empty() {
+    let (mut errors, follows) = (expander.errors, expander.follows);
+    if follows || !errors.0.is_empty() {
         // also what is wrong with the shapes of the rows that could be expanded: all errors at once
         errors.extend(shapes(world, true));
-        return errors.into_result();
+        return Err(errors.sorted());
     }
 
     let logits = made.get(&model.output).copied().flatten().expect("checked when the file was parsed");
@@ -111,12 +112,15 @@ struct Expander<'a> {
     training: bool,
     errors: Errors,
     nodes: usize,
+    /// A row is missing because of an error in the config.
+    follows: bool,
 }
 
 impl Expander<'_> {
     fn report(&mut self, diagnostic: Diagnostic) {
         if diagnostic.message.contains(FOLLOWS) {
-            return; // the config's own error was reported
+            self.follows = true; // the config's own error is with the caller
+            return;
         }
         push_once(&mut self.errors, diagnostic);
     }
