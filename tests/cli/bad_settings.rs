@@ -86,11 +86,20 @@ fn a_model_file_that_is_not_there() {
 }
 
 #[test]
-fn a_model_of_too_few_layers() {
+fn a_formula_that_divides_by_zero_for_a_setting() {
     let folder = Folder::new();
-    let message = folder.fails(&["check", &repository("models/rwkv.ron"), "--set", "n_layer=1"]);
+    folder.write(
+        "m.ron",
+        r#"Model(config: {"vocab": 8, "n_layer": 2}, nodes: [
+            ("embedding", Embedding(rows: "vocab", dim: 4),                                ["tokens"]),
+            ("scale",     Weight(shape: [4], init: Formula("i / (n_layer - 1)")),          []),
+            ("scaled",    Mul,                                                             ["embedding", "scale"]),
+            ("logits",    Linear(out: "vocab"),                                            ["scaled"]),
+        ])"#,
+    );
+    let message = folder.fails(&["check", "m.ron", "--set", "n_layer=1"]);
     let first = message.lines().next().unwrap();
-    assert!(first.contains("row `transformer.h.0.tmix.time_maa_v`: `Weight`: "), "{message}");
+    assert!(first.contains("row `scale`: `Weight`: "), "{message}");
     assert!(first.contains("division by zero where ") && first.contains("n_layer = 1"), "{message}");
 }
 

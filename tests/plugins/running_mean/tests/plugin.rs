@@ -78,7 +78,7 @@ fn step(app: App, name: &str, text: &str, [batch, block]: [usize; 2]) -> Result<
         registry: app.into_registry(),
         model,
         scope,
-        options: Options { batch, block, micro_batches: 1, seed: 1, training: true },
+        options: Options { batch, block, micro_batches: 1, seed: 1, training: true, recurrent: None },
         objectives: vec![("loss".into(), Arc::new(CrossEntropy {}))],
         optimizer: Some(Arc::new(ReadGradients)),
         without: vec![],
