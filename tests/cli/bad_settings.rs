@@ -1,6 +1,6 @@
 //! Wrong settings on the command line.
 
-use super::{Folder, repository};
+use super::Folder;
 
 const ROWS: &str = "(rows: text, tokens, batches, model, loss, optimizer, train, eval, best, last)";
 
