@@ -85,10 +85,16 @@ impl Diagnostic {
 pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     known
         .into_iter()
-        .map(|k| (strsim::jaro_winkler(&name.to_lowercase(), &k.to_lowercase()), k))
+        .map(|k| (similarity(&name.to_lowercase(), &k.to_lowercase()), k))
         .filter(|(similarity, _)| *similarity > 0.75)
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map(|(_, k)| k)
+}
+
+/// From 0 to 1. One slip of a finger is near however short the name is, for which Jaro-Winkler is too strict.
+fn similarity(a: &str, b: &str) -> f64 {
+    let slip = a.len().min(b.len()) > 1 && strsim::osa_distance(a, b) <= 1;
+    strsim::jaro_winkler(a, b).max(if slip { 0.8 } else { 0.0 })
 }
 
 impl fmt::Display for Diagnostic {
@@ -149,6 +155,11 @@ impl Errors {
     /// Adds one.
     pub fn push(&mut self, diagnostic: Diagnostic) {
         self.0.push(diagnostic);
+    }
+
+    /// Adds those of another list.
+    pub fn extend(&mut self, others: Errors) {
+        self.0.extend(others.0);
     }
 
     /// `Ok` if nothing is wrong.

@@ -62,7 +62,7 @@ impl PipelineFile {
     /// # Errors
     /// Everything that is wrong with its rows.
     pub fn parse(source: Arc<Source>) -> Result<Self, Errors> {
-        let raw: RawPipeline<'_> = parse_file(&source)?;
+        let raw: RawPipeline<'_> = parse_file(&source, "Pipeline(stages: [rows])")?;
         let mut errors = Errors::default();
         let rows = parse_rows(&source, &raw.stages, &mut errors);
         let (about, seed) = (raw.about, *raw.seed as u64);
@@ -88,15 +88,15 @@ impl Pipeline {
     /// # Errors
     /// Unknown stages, wrong attributes, missing inputs, cycles, inputs of the wrong kind: all at once.
     pub fn new(file: &PipelineFile, registry: &Registry) -> Result<Self, Errors> {
-        let order = order_rows(&file.source, &file.rows, &[])?;
-        let mut errors = Errors::default();
+        let (order, mut errors) = order_rows(&file.source, &file.rows, &[]);
         let mut world = World::new();
         let mut made: HashMap<&str, (ValueId, Kind)> = HashMap::new();
         for i in order {
             let row = &file.rows[i];
             let stage = match row.parse::<dyn Stage>(&file.source, registry.table(), "stage") {
                 Ok(stage) => stage,
-                Err(error) => {
+                Err(mut error) => {
+                    error.help.get_or_insert_with(|| "`dataflow ops` lists the stages".into());
                     errors.push(error);
                     continue;
                 }
@@ -182,7 +182,14 @@ impl Pipeline {
 
     fn stage_error(&self, node: NodeId, error: StageError) -> Errors {
         match error {
-            StageError::File(errors) => errors,
+            // what has no place in a file of its own has one here
+            StageError::File(mut errors) => {
+                for error in errors.0.iter_mut().filter(|e| e.span.is_none()) {
+                    error.row.get_or_insert_with(|| self.name(node));
+                    error.span = self.world.get::<Place>(node).map(|p| p.0.clone());
+                }
+                errors
+            }
             StageError::Message(message) => {
                 let mut diagnostic = Diagnostic::new(message).row(self.name(node));
                 diagnostic.span = self.world.get::<Place>(node).map(|p| p.0.clone());

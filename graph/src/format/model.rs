@@ -95,7 +95,8 @@ impl ModelFile {
     /// # Errors
     /// Everything that is wrong with its rows.
     pub fn parse(source: Arc<Source>) -> Result<Self, Errors> {
-        let raw: RawModel<'_> = parse_file(&source)?;
+        let raw: RawModel<'_> =
+            parse_file(&source, "Model(config: {\"name\": number}, nodes: [rows], blocks: {\"name\": Block(…)})")?;
         let mut errors = Errors::default();
         let rows = parse_rows(&source, &raw.nodes, &mut errors);
         let mut blocks = BTreeMap::new();
@@ -105,10 +106,11 @@ impl ModelFile {
         }
         let output = raw.output.unwrap_or_else(|| "logits".into());
         if errors.0.is_empty() && rows.iter().all(|r| r.names.iter().all(|n| n.text != output)) {
-            errors.push(
-                Diagnostic::new(format!("`{}`: no row is named `{output}`, the model's output", source.name))
-                    .help("name the last row \"logits\", or say `output: \"name\"`"),
-            );
+            let mut diagnostic = Diagnostic::new(format!("no row is named `{output}`, the model's output"))
+                .help("name the last row \"logits\", or say `output: \"name\"`");
+            let last = rows.last().map(|r| r.names[0].bytes.clone());
+            diagnostic.span = Some(Span { source: source.clone(), bytes: last.unwrap_or(0..0) });
+            errors.push(diagnostic);
         }
         let (about, prefix, config) = (raw.about, raw.prefix, raw.config);
         errors.into_result()?;

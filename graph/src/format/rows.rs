@@ -53,10 +53,15 @@ pub fn read_source(path: &Path) -> Result<Arc<Source>, Diagnostic> {
         .map_err(|e| Diagnostic::new(format!("cannot read `{name}`: {e}")).help("give the path of a .ron file"))?;
     match String::from_utf8(bytes) {
         Ok(text) => Ok(Arc::new(Source { name, text })),
-        Err(e) => Err(Diagnostic::new(format!(
-            "`{name}` is not UTF-8: byte {} cannot be decoded",
-            e.utf8_error().valid_up_to()
-        ))),
+        Err(e) => {
+            let offset = e.utf8_error().valid_up_to();
+            let line = e.as_bytes()[..offset].iter().filter(|b| **b == b'\n').count() + 1;
+            let message = format!(
+                "`{name}` is not valid UTF-8: byte 0x{:02x} at offset {offset} (line {line})",
+                e.as_bytes()[offset]
+            );
+            Err(Diagnostic::new(message).help("save the file as UTF-8"))
+        }
     }
 }
 
@@ -65,12 +70,24 @@ pub fn options() -> ron::Options {
     ron::Options::default().with_default_extension(ron::extensions::Extensions::IMPLICIT_SOME)
 }
 
-/// Parses a whole file into its top-level struct.
+/// Parses a whole file into its top-level struct; `form` is what such a file looks like.
 ///
 /// # Errors
 /// The first syntax error, or the first wrong field of the struct.
-pub fn parse_file<'a, T: serde::Deserialize<'a>>(source: &'a Arc<Source>) -> Result<T, Diagnostic> {
-    options().from_str(&source.text).map_err(|e| ron_error(source, &source.text, 0, &e))
+pub fn parse_file<'a, T: serde::Deserialize<'a>>(source: &'a Arc<Source>, form: &str) -> Result<T, Diagnostic> {
+    if source.text.trim().is_empty() {
+        let whole = Span { source: source.clone(), bytes: 0..source.text.len() };
+        return Err(Diagnostic::new("the file is empty").at(whole).help(format!("it should be {form}")));
+    }
+    options().from_str(&source.text).map_err(|e| {
+        let diagnostic = ron_error(source, &source.text, 0, &e);
+        match e.code {
+            ron::Error::ExpectedNamedStructLike(_) | ron::Error::ExpectedDifferentStructName { .. } => {
+                diagnostic.help(format!("the file should be {form}"))
+            }
+            _ => diagnostic,
+        }
+    })
 }
 
 /// A ron error about `text`, which starts at byte `base` of the file.
@@ -95,6 +112,14 @@ pub fn ron_error(source: &Arc<Source>, text: &str, base: usize, error: &ron::err
             };
             Diagnostic { message: format!("unknown {what} `{found}`, {known}"), ..diagnostic }
                 .nearest(found, expected.iter().copied())
+        }
+        // a word without quotes: ron takes it for the name of a struct
+        ron::Error::InvalidValueForType { expected, found } if found == "a unit value" && start < end => {
+            let message = format!("expected {expected}, found `{}`", text[start..end].trim());
+            Diagnostic { message, ..diagnostic }
+        }
+        ron::Error::InvalidValueForType { expected, found } => {
+            Diagnostic { message: format!("expected {expected}, found {found}"), ..diagnostic }
         }
         ron::Error::MissingStructField { field, .. } => {
             Diagnostic { message: format!("the attribute `{field}` is missing"), ..diagnostic }
@@ -217,6 +242,10 @@ impl Row {
         let mut diagnostic =
             ron_error(source, &self.attributes.text, self.attributes.bytes.start, error).row(self.name());
         diagnostic.message = format!("`{}`: {}", self.op.text, diagnostic.message);
+        // `Repeat` belongs to the format itself and is in no table
+        if diagnostic.help.is_none() && self.op.text != "Repeat" {
+            diagnostic.help = Some(format!("`dataflow ops {}` shows the attributes", self.op.text));
+        }
         diagnostic
     }
 
@@ -229,17 +258,21 @@ impl Row {
 /// The rows so that each comes after those that it reads; rows may be written in any order. `outer` are names
 /// that the rows may use without making them.
 ///
-/// # Errors
-/// Names used twice, names that nothing makes, cycles.
-pub fn order_rows(source: &Arc<Source>, rows: &[Row], outer: &[&str]) -> Result<Vec<usize>, Errors> {
+/// Also everything that is wrong: names used twice, names that nothing makes, cycles. The order holds every row even
+/// so, in order that the rows' other errors can be found: a row with an unknown input counts it for nothing, and rows
+/// of a cycle come before something that they read.
+pub fn order_rows(source: &Arc<Source>, rows: &[Row], outer: &[&str]) -> (Vec<usize>, Errors) {
     let mut errors = Errors::default();
     let span = |at: &Spanned| Span { source: source.clone(), bytes: at.bytes.clone() };
     let mut makers: HashMap<&str, usize> = HashMap::new();
     for (i, row) in rows.iter().enumerate() {
         for name in &row.names {
-            if outer.contains(&name.text.as_str()) || makers.insert(&name.text, i).is_some() {
+            if outer.contains(&name.text.as_str()) || makers.contains_key(name.text.as_str()) {
                 let message = format!("the name `{}` is used twice", name.text);
-                errors.push(Diagnostic::new(message).at(span(name)).row(row.name()));
+                let help = "give the row another name";
+                errors.push(Diagnostic::new(message).at(span(name)).row(row.name()).help(help));
+            } else {
+                makers.insert(&name.text, i);
             }
         }
     }
@@ -258,7 +291,6 @@ pub fn order_rows(source: &Arc<Source>, rows: &[Row], outer: &[&str]) -> Result<
             }
         }
     }
-    errors.into_result()?;
     let mut order = Vec::with_capacity(rows.len());
     let mut done = vec![false; rows.len()];
     while order.len() < rows.len() {
@@ -268,12 +300,17 @@ pub fn order_rows(source: &Arc<Source>, rows: &[Row], outer: &[&str]) -> Result<
             let row = &rows[cycle[0]];
             let message = format!("these rows form a cycle: {} -> {}", list.join(" -> "), list[0]);
             let help = "a row cannot read what depends on it; a recurrence over time is one op, such as Longhorn";
-            return Err(Diagnostic::new(message).at(span(&row.names[0])).row(row.name()).help(help).into());
+            errors.push(Diagnostic::new(message).at(span(&row.names[0])).row(row.name()).help(help));
+            for i in cycle {
+                done[i] = true;
+                order.push(i);
+            }
+            continue;
         };
         done[next] = true;
         order.push(next);
     }
-    Ok(order)
+    (order, errors)
 }
 
 /// A cycle among the rows that are not done; there is one, since each of them waits for another.

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
+use super::infer::shapes;
 use super::push_once;
 use crate::build::add_source;
 use crate::components::{Inputs, Name, Objectives, OpRef, Options, Outputs, Phase, Place, Role};
@@ -71,7 +72,12 @@ pub fn expand(world: &mut World) -> Result<(), Errors> {
     };
     let names = HashMap::from([("tokens".to_string(), Some(tokens))]);
     let made = expander.rows(&model.rows, names, &model.prefix, &scope, 0);
-    expander.errors.into_result()?;
+    let mut errors = expander.errors;
+    if !errors.0.is_empty() {
+        // also what is wrong with the shapes of the rows that could be expanded: all errors at once
+        errors.extend(shapes(world, true));
+        return errors.into_result();
+    }
 
     let logits = made.get(&model.output).copied().flatten().expect("checked when the file was parsed");
     let mut outputs = Outputs(BTreeMap::from([("logits".to_string(), logits)]));
@@ -115,13 +121,11 @@ impl Expander<'_> {
     /// Instantiates a list of rows; returns `names` with what they make.
     fn rows(&mut self, rows: &[Row], mut names: Names, path: &str, scope: &Scope, depth: usize) -> Names {
         let outer: Vec<&str> = names.keys().map(String::as_str).collect();
-        let order = match order_rows(&self.model.source, rows, &outer) {
-            Ok(order) => order,
-            Err(errors) => {
-                errors.0.into_iter().for_each(|e| self.report(e));
-                return poisoned(rows, names);
-            }
-        };
+        let (order, errors) = order_rows(&self.model.source, rows, &outer);
+        for mut error in errors.0 {
+            error.row = error.row.map(|row| join(path, &row));
+            self.report(error);
+        }
         for i in order {
             let row = &rows[i];
             let made = if row.op.text == "Repeat" {
@@ -151,7 +155,7 @@ impl Expander<'_> {
         };
         let op = op.placed(&path).unwrap_or(op);
         let op = if self.training { op } else { op.evaluation().unwrap_or(op) };
-        let inputs: Option<Vec<ValueId>> = row.inputs.iter().map(|i| names[&i.text]).collect();
+        let inputs: Option<Vec<ValueId>> = row.inputs.iter().map(|i| value_of(names, &i.text)).collect();
         let inputs = inputs?;
         self.nodes += 1;
         if self.nodes > MAX_NODES {
@@ -214,16 +218,21 @@ impl Expander<'_> {
             self.report(wrong(message).nearest(&block.output, block_makes));
             return None;
         }
-        let mut carried = names[&row.inputs[0].text];
+        let mut carried = value_of(names, &row.inputs[0].text);
         for i in 0..*repeat.times {
             let scope = scope.with(&repeat.index, Number::Int(i as i64));
             let mut inner: Names = HashMap::new();
             for (name, input) in block.inputs.iter().zip(&row.inputs) {
-                inner.insert(name.clone(), names[&input.text]);
+                inner.insert(name.clone(), value_of(names, &input.text));
             }
             inner.insert(block.inputs[0].clone(), carried);
             let made = self.rows(&block.rows, inner, &join(&path, &i.to_string()), &scope, depth + 1);
-            carried = made.get(&block.output).copied().flatten();
+            carried = value_of(&made, &block.output);
+            // a block may be empty
+            self.nodes += 1;
+            if self.nodes > MAX_NODES {
+                self.report(wrong(format!("the model has more than {MAX_NODES} nodes")));
+            }
             if carried.is_none() || self.nodes > MAX_NODES {
                 return None;
             }
@@ -236,9 +245,7 @@ fn join(path: &str, name: &str) -> String {
     if path.is_empty() { name.to_string() } else { format!("{path}.{name}") }
 }
 
-fn poisoned(rows: &[Row], mut names: Names) -> Names {
-    for name in rows.iter().flat_map(|r| &r.names) {
-        names.insert(name.text.clone(), None);
-    }
-    names
+/// The value of this name, if its row is there and right.
+fn value_of(names: &Names, name: &str) -> Option<ValueId> {
+    names.get(name).copied().flatten()
 }

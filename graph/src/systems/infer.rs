@@ -33,12 +33,18 @@ fn recur(world: &mut World, node: NodeId, name: &str, recurrent: Recurrent) -> R
 /// # Errors
 /// Every node whose inputs do not fit its op, named once for a repeated block.
 pub fn infer(world: &mut World) -> Result<(), Errors> {
+    shapes(world, false).into_result()
+}
+
+/// What is wrong with the shapes. In a `partial` world some rows are missing, with their parameters.
+pub(super) fn shapes(world: &mut World, partial: bool) -> Errors {
     let prefix = world.resource::<Arc<ModelFile>>().map(|m| m.prefix.clone()).unwrap_or_default();
     let order = world.topological().expect("`expand` reports cycles");
     let mut errors = Errors::default();
     let mut failed: HashSet<NodeId> = HashSet::new();
     let mut parameters: BTreeMap<String, ValueId> = BTreeMap::new();
     world.set_resource(Parameters::default());
+    let mut elements = 0;
     for node in order {
         let inputs = world.inputs(node);
         if inputs.iter().any(|&v| world.producer(v).is_some_and(|(n, _)| failed.contains(&n))) {
@@ -46,12 +52,71 @@ pub fn infer(world: &mut World) -> Result<(), Errors> {
             continue;
         }
         let op = world.expect::<OpRef>(node).0.clone();
-        if let Err(error) = infer_node(world, node, &*op, &inputs, &prefix, &mut parameters) {
-            push_once(&mut errors, op_error(world, node, &error));
+        if let Some(error) = miscounted(&*op, inputs.len()) {
+            let help = format!("`dataflow ops {}` shows the inputs", name_of(&*op));
+            push_once(&mut errors, op_error(world, node, &error).help(help));
             failed.insert(node);
+            continue;
+        }
+        if let Some(error) = count(world, &inputs, &mut elements) {
+            errors.push(op_error(world, node, &error));
+            break;
+        }
+        if let Err(error) = infer_node(world, node, &*op, &inputs, &prefix, &mut parameters) {
+            if !(partial && FOLLOWING.iter().any(|f| error.0.contains(f))) {
+                push_once(&mut errors, op_error(world, node, &error));
+            }
+            failed.insert(node);
+            continue;
+        }
+        let made: Vec<ValueId> = world.outputs(node).into_iter().chain(world.inputs(node)).collect();
+        if let Some(error) = count(world, &made, &mut elements) {
+            errors.push(op_error(world, node, &error));
+            break;
         }
     }
-    errors.into_result()
+    errors
+}
+
+const NOTHING_TO_TIE_TO: &str = "there is no parameter to tie to:";
+const TWO_OF_A_NAME: &str = "there are two parameters of the name";
+/// What may follow from rows that were reported already.
+const FOLLOWING: [&str; 2] = [NOTHING_TO_TIE_TO, TWO_OF_A_NAME];
+
+/// The most elements that all values of the forward pass may have together. Beyond any machine; it keeps the sizes
+/// and offsets that are computed later within 64 bits.
+const MAX_ELEMENTS: u128 = 1 << 50;
+
+/// Adds the sizes of some values, which may be counted more than once.
+fn count(world: &World, values: &[ValueId], elements: &mut u128) -> Option<OpError> {
+    for &value in values {
+        let tensor = world.expect::<TensorType>(value);
+        let size = tensor.shape.iter().fold(1u128, |n, d| n.saturating_mul(*d as u128));
+        *elements = elements.saturating_add(size);
+        if *elements > MAX_ELEMENTS {
+            let message = format!("a tensor {tensor} makes the model too large for any device: use smaller sizes");
+            return Some(message.into());
+        }
+    }
+    None
+}
+
+/// The op's name: the first word of how it is printed.
+fn name_of(op: &dyn Op) -> String {
+    let text = format!("{op:?}");
+    text.split([' ', '(', '{']).next().unwrap_or_default().to_string()
+}
+
+/// A row with too few or too many inputs.
+fn miscounted(op: &dyn Op, given: usize) -> Option<OpError> {
+    let arity = op.arity();
+    let wanted = match (*arity.start(), *arity.end()) {
+        _ if arity.contains(&given) => return None,
+        (1, 1) => "1 input".to_string(),
+        (least, most) if least == most => format!("{least} inputs"),
+        (least, most) => format!("{least} to {most} inputs"),
+    };
+    Some(format!("`{}` takes {wanted}, but the row gives {given}", name_of(op)).into())
 }
 
 fn infer_node(
@@ -62,15 +127,9 @@ fn infer_node(
     prefix: &str,
     parameters: &mut BTreeMap<String, ValueId>,
 ) -> Result<(), OpError> {
-    let op_name = format!("{op:?}");
-    let op_name = op_name.split([' ', '(', '{']).next().unwrap_or_default().to_string();
+    let op_name = name_of(op);
     let types = types_of(world, inputs);
     let shown = || types.iter().map(TensorType::to_string).collect::<Vec<_>>().join(", ");
-    if !op.arity().contains(&inputs.len()) {
-        let (least, most) = (*op.arity().start(), *op.arity().end());
-        let wanted = if least == most { format!("{least}") } else { format!("{least} to {most}") };
-        return Err(format!("`{op_name}` takes {wanted} input(s), but the row gives {}", inputs.len()).into());
-    }
     let context = |e: OpError| OpError(format!("`{op_name}`: {} (inputs: {})", e.0, shown()));
     let outputs = op.infer(&types).map_err(context)?;
     let row_names = world.get::<RowNames>(node).map_or(0, |r| r.0.len());
@@ -86,7 +145,7 @@ fn infer_node(
                 let Some(&value) = parameters.get(&full) else {
                     let hint = nearest(&full, parameters.keys().map(String::as_str));
                     let hint = hint.map(|h| format!(", did you mean `{h}`?")).unwrap_or_default();
-                    return Err(format!("`{op_name}`: there is no parameter `{full}` to tie to{hint}").into());
+                    return Err(format!("`{op_name}`: {NOTHING_TO_TIE_TO} `{full}`{hint}").into());
                 };
                 let found = world.expect::<TensorType>(value);
                 if found.shape != wanted.shape {
@@ -106,7 +165,7 @@ fn infer_node(
                 world.set(value, ParameterOf(crate::op::Parameter { name: full.clone(), ..wanted }));
                 world.resource_mut::<Parameters>().expect("set above").0.push(value);
                 if parameters.insert(full.clone(), value).is_some() {
-                    return Err(format!("there are two parameters of the name `{full}`").into());
+                    return Err(format!("{TWO_OF_A_NAME} `{full}`").into());
                 }
                 value
             }

@@ -59,6 +59,9 @@ impl DeviceArgs {
                 let device = CpuDevice::new(self.threads.map(usize::from)).map_err(Diagnostic::new)?;
                 Ok(Arc::new(device))
             }
+            other if other == "cuda" || other.starts_with("cuda:") => {
+                Err(Diagnostic::new("this version has no CUDA device: leave `--device` out to run on the CPU").into())
+            }
             other => Err(Diagnostic::new(format!("there is no device `{other}`")).help("there is: cpu").into()),
         }
     }

@@ -40,7 +40,8 @@ impl Ops {
             if !all.iter().any(|s| s.info.name == name) {
                 let known: Vec<&str> = all.iter().map(|s| s.info.name).collect();
                 let message = format!("there is no op or stage `{name}`");
-                return Err(Diagnostic::new(message).nearest(name, known).into());
+                let diagnostic = Diagnostic::new(message).help("`dataflow ops` lists them");
+                return Err(diagnostic.nearest(name, known).into());
             }
             all.retain(|s| s.info.name == name);
         }

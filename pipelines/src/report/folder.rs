@@ -123,7 +123,7 @@ mod tests {
         let run = RunFolder::at(&path).unwrap();
         fs::write(run.resolved(), "").unwrap();
         let message = RunFolder::at(&path).unwrap_err().to_string();
-        assert!(message.contains("--resume") && message.contains("--out"), "{message}");
+        assert!(message.contains("already holds a run") && message.contains("--out"), "{message}");
         assert_eq!(RunFolder::resume(&path).unwrap(), run);
         assert!(RunFolder::latest(folder.path(), "none").is_err());
     }

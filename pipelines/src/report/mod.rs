@@ -22,7 +22,7 @@ pub enum ReportError {
     #[error(transparent)]
     File(#[from] FileError),
     /// The folder belongs to another run.
-    #[error("{} already holds a run; continue it with --resume, or choose another folder with --out", .0.display())]
+    #[error("{} already holds a run; choose another folder with --out", .0.display())]
     FolderInUse(PathBuf),
     /// Nothing to resume.
     #[error("{} holds no run to resume (there is no {}); check --out, or start anew without --resume", path.display(), missing)]

@@ -53,8 +53,9 @@ impl Model {
     pub fn load(&self, pipeline: &Path, set: &[(&str, usize)]) -> Result<(Arc<ModelFile>, Scope), Errors> {
         let beside = pipeline.parent().unwrap_or(Path::new("")).join(&self.file);
         let path = [&self.file, &beside].into_iter().find(|p| p.exists()).ok_or_else(|| {
-            let (file, beside) = (self.file.display(), beside.display());
-            Diagnostic::new(format!("there is no model file `{file}` in the current folder, nor `{beside}`"))
+            let file = self.file.display();
+            let beside = if beside == self.file { String::new() } else { format!(", nor `{}`", beside.display()) };
+            Diagnostic::new(format!("there is no model file `{file}`{beside}"))
                 .help("name one with --set model.file=models/longhorn.ron")
         })?;
         let file = Arc::new(ModelFile::read(path)?);
