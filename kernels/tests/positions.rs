@@ -125,6 +125,21 @@ fn wrong_ids_are_named() {
         let want = Err(IdOutOfRange { position: 2, id, rows: 3 });
         assert_eq!(embedding::forward(&[0, 2, id], &weight, RowsMut::contiguous(&mut out, 2)), want);
         let mut dweight = [0.0; 6];
+        assert_eq!(embedding::backward_add(&[0, 2, id], Rows::contiguous(&weight, 2), &mut dweight), want);
         assert_eq!(embedding::backward(&[0, 2, id], Rows::contiguous(&weight, 2), &mut dweight), want);
     }
+}
+
+#[test]
+fn gradients_of_the_table_can_be_added_to_others() {
+    let (vocabulary, cols) = (11, 7);
+    let ids: Vec<i32> = (0..50).map(|i| i * i % 9).collect();
+    let dy: Vec<f32> = (0..50 * cols).map(|i| ((i * 37) % 101) as f32 / 16.0).collect();
+    let before: Vec<f32> = (0..vocabulary * cols).map(|i| i as f32).collect();
+    let (mut sum, mut alone) = (before.clone(), vec![f32::NAN; before.len()]);
+    embedding::backward_add(&ids, Rows::contiguous(&dy, cols), &mut sum).unwrap();
+    embedding::backward(&ids, Rows::contiguous(&dy, cols), &mut alone).unwrap();
+    // sixteenths are added without rounding
+    assert!((0..before.len()).all(|i| sum[i] == before[i] + alone[i]));
+    assert_ne!(sum, before);
 }

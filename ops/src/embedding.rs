@@ -1,11 +1,12 @@
 //! Row lookup by token, and learned positions.
 
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 use dataflow_graph::format::number::{Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::Initializer;
-use dataflow_graph::op::{Cost, NodeView, Op, OpError, Parameter, Recurrent};
+use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::{DType, TensorType};
 use dataflow_kernels::cpu::embedding;
@@ -13,6 +14,7 @@ use dataflow_kernels::cpu::reduce::copy_rows;
 use dataflow_kernels::device::{Kernel, KernelError, Target};
 use serde::{Deserialize, Serialize};
 
+use crate::norm::is_sum;
 use crate::recurrent::{counter, next_position, one_token};
 
 fn normal() -> Initializer {
@@ -47,7 +49,7 @@ impl Op for Embedding {
     fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
         let tokens = g.input(0);
         let Some(dy) = g.output_gradient(0) else { return Ok(()) };
-        let dw = g.emit(EmbeddingGradient { rows: *self.rows }, &[tokens, dy])?[0];
+        let dw = g.emit(EmbeddingGradient { rows: *self.rows, adding: false }, &[tokens, dy])?[0];
         g.set(1, dw)
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
@@ -65,28 +67,55 @@ impl Op for Embedding {
     }
 }
 
-/// The gradient of [`Embedding`] with respect to its table.
+/// The gradient of [`Embedding`] with respect to its table, added to another one (that of a tied head) if it is
+/// `adding`. (tokens, dy, base?) to dW, which may overwrite the base.
 #[derive(Clone, Debug)]
 struct EmbeddingGradient {
     rows: usize,
+    adding: bool,
 }
 
 impl Op for EmbeddingGradient {
     fn arity(&self) -> RangeInclusive<usize> {
-        2..=2
+        2..=3
     }
     fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
         Ok(vec![TensorType::f32([self.rows, inputs[1].cols()])])
     }
+    fn merge(&self, pair: &Pair<'_>) -> Option<Merged> {
+        let own = pair.producer.downcast::<Self>()?;
+        let dw = TensorType::f32([own.rows, pair.producer_inputs[1].cols()]);
+        if own.adding || pair.shared || !is_sum(pair.consumer, pair.consumer_inputs, &dw) {
+            return None;
+        }
+        let inputs = vec![Of::Producer(0), Of::Producer(1), Of::Consumer(1 - pair.input)];
+        let op = Arc::new(Self { adding: true, ..own.clone() });
+        Some(Merged { op, inputs, outputs: vec![Of::Consumer(0)] })
+    }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let adding = self.adding;
         match target {
-            Target::Cpu => Ok(Kernel::cpu(|a| {
-                embedding::backward(a.slice(0), a.rows(1), a.slice_mut(0)).map_err(|e| KernelError(e.to_string()))
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let mut dw = a.rows_mut(0);
+                if adding && a.in_place(0).is_none() {
+                    copy_rows(a.rows(2), dw.reborrow());
+                }
+                let dw = dw.as_slice_mut().ok_or_else(|| KernelError("the gradient has gaps between rows".into()))?;
+                let done = match adding {
+                    true => embedding::backward_add(a.slice(0), a.rows(1), dw),
+                    false => embedding::backward(a.slice(0), a.rows(1), dw),
+                };
+                done.map_err(|e| KernelError(e.to_string()))
             })),
         }
     }
-    fn strided(&self) -> bool {
-        true
+    fn in_place(&self) -> Vec<(usize, usize)> {
+        if self.adding { vec![(0, 2)] } else { Vec::new() }
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        let dy = &node.inputs[1];
+        let table = if self.adding { 0 } else { node.outputs[0].bytes() };
+        Cost { flops: dy.elements() as f64, bytes: (3 * dy.bytes() + table) as f64 }
     }
 }
 

@@ -26,9 +26,12 @@ use dataflow_kernels::{Rows, RowsMut};
 
 use crate::linear::Linear;
 
-/// Logits of a block: 32 MB, of which a fraction of the last cache is lost on any machine, but which amortises a look
-/// at the whole of W.
+/// Logits of a block, where that leaves it rows enough.
 const BLOCK: usize = 8 << 20;
+/// Fewest rows of a block: each reads W twice, and reads and writes dW, which so many rows pay for.
+const LEAST_ROWS: usize = 512;
+/// Most rows of a block.
+const MOST_ROWS: usize = 2048;
 
 /// (x, W, targets) to the loss, while training dx and dW, and scratch memory: the logits of a block of rows, in
 /// evaluation also their log-sum-exps.
@@ -54,7 +57,7 @@ pub(crate) fn merge(pair: &Pair<'_>) -> Option<Merged> {
 
 /// Rows of a block.
 fn block_rows(rows: usize, classes: usize) -> usize {
-    (BLOCK / classes.max(1)).clamp(128, 2048).min(rows)
+    (BLOCK / classes.max(1)).clamp(LEAST_ROWS, MOST_ROWS).min(rows)
 }
 
 impl Op for LinearCrossEntropy {

@@ -64,11 +64,11 @@ impl Builder {
             6 => self.row(&[w], &format!("Dropout(p: {})", [0.0, 0.25][pick % 2]), &[a]),
             7 => self.row(
                 &[w],
-                &format!("RmsNorm(eps: 0.1, groups: {})", if w % 2 == 0 { 1 + pick % 2 } else { 1 }),
+                &format!("RmsNorm(eps: 0.1, groups: {})", if w.is_multiple_of(2) { 1 + pick % 2 } else { 1 }),
                 &[a],
             ),
-            8 => self.row(&[w], &format!("LayerNorm(eps: 0.1, bias: {})", pick % 2 == 0), &[a]),
-            9 => self.row(&[width], &format!("Linear(out: {width}, bias: {})", pick % 2 == 0), &[a]),
+            8 => self.row(&[w], &format!("LayerNorm(eps: 0.1, bias: {})", pick.is_multiple_of(2)), &[a]),
+            9 => self.row(&[width], &format!("Linear(out: {width}, bias: {})", pick.is_multiple_of(2)), &[a]),
             10 if w > 1 => self.row(&[w / 2, w - w / 2], &format!("Split(sizes: [{}, {}])", w / 2, w - w / 2), &[a]),
             11 if w < 64 => self.row(&[w + self.values[b].1], "Concat", &[a, b]),
             12 => {

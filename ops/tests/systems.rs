@@ -8,6 +8,7 @@ use std::sync::Arc;
 use common::compare::{BATCH, BLOCK, close, compiled, optional, request, train, without};
 use common::{MODELS, SHAKESPEARE, model};
 use dataflow_graph::compile::{Request, compile};
+use dataflow_graph::diagnostic::Source;
 use dataflow_graph::format::formula::Number;
 use dataflow_graph::format::model::ModelFile;
 use dataflow_graph::session::Session;
@@ -133,4 +134,33 @@ fn dropout_draws_the_same_masks() {
         let without_dropout = train(&small(&common::model(name), true));
         assert!(without_dropout.0[0] != full.0[0], "{name}: dropout does something");
     }
+}
+
+/// More rows than a block of the head has; the last block is smaller.
+#[test]
+fn the_head_sums_over_blocks_of_rows() {
+    let text = r#"Model(
+        about: "bigram",
+        config: {},
+        nodes: [
+            ("table",  Embedding(rows: 65, dim: 8, init: Normal(std: 1.0)), ["tokens"]),
+            ("normed", RmsNorm,                                             ["table"]),
+            ("logits", Linear(out: 65, tie: "table.weight"),                ["normed"]),
+        ],
+    )"#;
+    let model = || {
+        let source = Source { name: "bigram.ron".into(), text: text.into() };
+        ModelFile::parse(Arc::new(source)).unwrap_or_else(|e| panic!("{e}"))
+    };
+    let mut request = request(model(), &[], (5, 1000), true);
+    request.options.micro_batches = 2;
+    let (plain, full) = (train(&without(request.clone(), &optional())), train(&request));
+    close("losses", &plain.0, &full.0, 1e-5);
+    for (name, value) in &plain.1 {
+        close(name, value, &full.1[name], 1e-5);
+    }
+    let evaluation = common::compare::request(model(), &[], (5, 1000), false);
+    let launches = compiled(&evaluation).plan.launches;
+    let head = launches.iter().find(|l| l.op.starts_with("LinearCrossEntropy")).expect("the head is merged");
+    assert!(head.outputs.iter().all(|o| o.rows <= 2048), "{head:?}");
 }

@@ -60,6 +60,15 @@ fn columns_per_task(vocabulary: usize, cols: usize) -> usize {
 
 /// `dweight[v]` = the sum of `dy[n]` over the positions n with `ids[n] = v`; dy `[N, C]`, dweight `[V, C]`.
 pub fn backward(ids: &[i32], dy: Rows<'_>, dweight: &mut [f32]) -> Result<(), IdOutOfRange> {
+    scatter(ids, dy, dweight, false)
+}
+
+/// [`backward`] that adds to what `dweight` holds, and touches only the rows of ids that occur.
+pub fn backward_add(ids: &[i32], dy: Rows<'_>, dweight: &mut [f32]) -> Result<(), IdOutOfRange> {
+    scatter(ids, dy, dweight, true)
+}
+
+fn scatter(ids: &[i32], dy: Rows<'_>, dweight: &mut [f32], adding: bool) -> Result<(), IdOutOfRange> {
     let cols = dy.cols();
     assert_eq!(ids.len(), dy.rows());
     if cols == 0 {
@@ -91,11 +100,13 @@ pub fn backward(ids: &[i32], dy: Rows<'_>, dweight: &mut [f32]) -> Result<(), Id
                 let run = if width == cols { (v..end).take_while(|&v| starts[v + 1] == starts[v]).count() } else { 0 };
                 // SAFETY: this task alone has these columns of the rows before `end`.
                 unsafe {
-                    if run > 0 {
+                    if run > 0 && adding {
+                        // nothing to add
+                    } else if run > 0 {
                         dweight.range(v * cols..(v + run) * cols).fill(0.0);
                     } else {
                         let out = dweight.range(v * cols + columns.start..v * cols + columns.end);
-                        sum_rows(dy, columns.clone(), positions, out);
+                        sum_rows(dy, columns.clone(), positions, adding, out);
                     }
                 }
                 v += run.max(1);
@@ -106,11 +117,15 @@ pub fn backward(ids: &[i32], dy: Rows<'_>, dweight: &mut [f32]) -> Result<(), Id
 }
 
 simd_fn! {
-    /// `out` = the sum, in order, of the rows of dy at these positions.
-    fn sum_rows(s: S, dy: Rows<'_>, columns: Range<usize>, positions: &[u32], out: &mut [f32]) {
-        let Some((&start, mut rest)) = positions.split_first() else { return out.fill(0.0) };
+    /// `out` = the sum, in order, of the rows of dy at these positions, and of what `out` holds if `adding`.
+    fn sum_rows(s: S, dy: Rows<'_>, columns: Range<usize>, positions: &[u32], adding: bool, out: &mut [f32]) {
         let row = |n: u32| &dy.row(n as usize)[columns.clone()];
-        out.copy_from_slice(row(start));
+        let mut rest = positions;
+        if !adding {
+            let Some((&start, others)) = positions.split_first() else { return out.fill(0.0) };
+            out.copy_from_slice(row(start));
+            rest = others;
+        }
         // four rows at a time: out is read and written once for them, and their cache misses overlap
         while let Some((&[a, b, c, d], after)) = rest.split_first_chunk() {
             let (a, b, c, d) = (row(a), row(b), row(c), row(d));

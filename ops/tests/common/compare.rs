@@ -60,14 +60,15 @@ pub fn train(request: &Request) -> (Vec<f32>, BTreeMap<String, Vec<f32>>) {
     let device = Arc::new(CpuDevice::new(Some(2)).unwrap());
     let mut session = Session::new(device, &compiled, None).unwrap_or_else(|e| panic!("{e}"));
     session.initialize(1).unwrap();
+    let tokens = request.options.batch * request.options.block;
     let (mut losses, mut tensors) = (vec![], BTreeMap::new());
     for update in 0..3 {
         for part in 0..request.options.micro_batches {
             let at = |i: usize| ((i * i + 7 * i + 5 * (update + 3 * part)) % 65) as i32;
-            session.write_input("tokens", &(0..BATCH * BLOCK).map(at).collect::<Vec<_>>());
+            session.write_input("tokens", &(0..tokens).map(at).collect::<Vec<_>>());
             // a target of -1 does not count
             let target = |i: usize| if i % 11 == 4 { -1 } else { at(i + 1) };
-            session.write_input("targets", &(0..BATCH * BLOCK).map(target).collect::<Vec<_>>());
+            session.write_input("targets", &(0..tokens).map(target).collect::<Vec<_>>());
             session.run_step().unwrap();
             losses.push(session.scalar("loss").unwrap());
         }
