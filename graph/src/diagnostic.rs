@@ -166,12 +166,17 @@ impl Errors {
     ///
     /// # Errors
     /// Itself, sorted by place, if anything is.
-    pub fn into_result(mut self) -> Result<(), Errors> {
+    pub fn into_result(self) -> Result<(), Errors> {
         if self.0.is_empty() {
             return Ok(());
         }
+        Err(self.sorted())
+    }
+
+    /// In the order of the file.
+    pub fn sorted(mut self) -> Self {
         self.0.sort_by_key(|d| d.span.as_ref().map(|s| s.bytes.start));
-        Err(self)
+        self
     }
 }
 

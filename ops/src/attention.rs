@@ -103,6 +103,8 @@ impl Op for CausalAttention {
         Some(Arc::new(Self { site: site_of(path), ..self.clone() }))
     }
     fn evaluation(&self) -> Option<Arc<dyn Op>> {
+        // a wrong probability stays, to be reported in evaluation too
+        check_probability(self.dropout.0).ok()?;
         Some(Arc::new(Self { dropout: Real(0.0), ..self.clone() }))
     }
     fn cost(&self, node: &NodeView<'_>) -> Cost {

@@ -197,6 +197,8 @@ impl Op for Dropout {
         Some(Arc::new(Self { site: site_of(path), ..self.clone() }))
     }
     fn evaluation(&self) -> Option<Arc<dyn Op>> {
+        // a wrong probability stays, to be reported in evaluation too
+        check_probability(self.p.0).ok()?;
         Some(Arc::new(Self { p: Real(0.0), ..self.clone() }))
     }
 }

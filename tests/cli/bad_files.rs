@@ -51,7 +51,7 @@ fn a_misspelt_attribute() {
     model(
         r#"rows: "vocab", "#,
         "",
-        "error: m.ron:4:32: row `embedding`: `Embedding`: the attribute `rows` is missing\n  \
+        "error: m.ron:4:47: row `embedding`: `Embedding`: the attribute `rows` is missing\n  \
          help: `dataflow ops Embedding` shows the attributes\n",
     );
 }
@@ -61,7 +61,7 @@ fn a_missing_input() {
     model(
         r#"["embedding"])"#,
         r#"["embeding"])"#,
-        "error: m.ron:5:61: row `layers`: there is no row or input named `embeding`\n  help: did you mean `embedding`?\n",
+        "error: m.ron:5:63: row `layers`: there is no row or input named `embeding`\n  help: did you mean `embedding`?\n",
     );
     model(
         r#"["x", "inner"]"#,
@@ -96,7 +96,7 @@ fn an_expression_that_divides_by_zero() {
     model(
         r#"Linear(out: "d_model")"#,
         r#"Linear(out: "d_model / (n_layer - 2)")"#,
-        "error: m.ron:10:35: row `layers.0.inner`: `Linear`: `d_model / (n_layer - 2)`: division by zero where \
+        "error: m.ron:10:36: row `layers.0.inner`: `Linear`: `d_model / (n_layer - 2)`: division by zero where \
          d_model = 8, n_layer = 2\n  help: `dataflow ops Linear` shows the attributes\n",
     );
     model(
@@ -122,7 +122,7 @@ fn all_errors_of_a_file_at_once_and_in_its_order() {
     }
     // errors of a block, of shapes and of another file too
     let text = edited(TINY, r#"Linear(out: "d_model")"#, "Liner");
-    folder.write("a.ron", edited(&text, r#"("layers""#, r#"("bad", Gate, ["embedding", "tokens"]), ("layers""#));
+    folder.write("a.ron", edited(&text, r#"("layers""#, r#"("bad", Linear(out: 0), ["embedding"]), ("layers""#));
     folder.write("b.ron", "Model(");
     let message = folder.fails(&["check", "a.ron", "b.ron"]);
     let lines: Vec<&str> = message.lines().filter(|l| l.starts_with("error: ")).collect();
@@ -130,6 +130,24 @@ fn all_errors_of_a_file_at_once_and_in_its_order() {
     for (line, start) in lines.iter().zip(["error: a.ron:5:17: row `bad`", "error: a.ron:10:23: ", "error: b.ron:1:"]) {
         assert!(line.starts_with(start), "{message}");
     }
+}
+
+#[test]
+fn errors_of_config_and_of_rows_at_once() {
+    let folder = Folder::new();
+    let config = r#""n_layer": 2, "zero": 0, "wide": "d_model / zero", "wider": "2 * wide", "odd": "d_modl + 1""#;
+    let mut text = edited(TINY, r#""n_layer": 2"#, config);
+    text = edited(&text, r#"Linear(out: "d_model")"#, r#"Linear(out: "wider")"#);
+    text = edited(&text, r#"Embedding(rows"#, "Embedding(row");
+    folder.write("m.ron", text);
+    // what follows from a wrong name is not said again
+    folder.says(
+        &["check", "m.ron"],
+        "error: m.ron:2:66: config `wide`: `d_model / zero`: division by zero where d_model = 8, zero = 0\n\
+         error: m.ron:2:113: config `odd`: `d_modl + 1`: unknown name `d_modl`, did you mean `d_model`?\n\
+         error: m.ron:4:33: row `embedding`: `Embedding`: unknown attribute `row`, expected one of: rows, dim, init\n  \
+         help: did you mean `rows`?\n",
+    );
 }
 
 #[test]
@@ -155,7 +173,7 @@ fn unknown_blocks_and_parameters() {
         r#"("inner", Linear"#,
         r#"("x", Linear"#,
         "error: m.ron:10:14: row `layers.0.x`: the name `x` is used twice\n  help: give the row another name\n\
-         error: m.ron:11:31: row `layers.0.out`: there is no row or input named `inner`\n  \
+         error: m.ron:11:32: row `layers.0.out`: there is no row or input named `inner`\n  \
          help: an input is the name of another row, or an input of the block or model\n",
     );
 }
@@ -181,7 +199,7 @@ fn values_that_no_tensor_can_have() {
     model(
         r#"times: "n_layer""#,
         "times: 9000000000000000000",
-        "error: m.ron:5:20: row `layers`: the model has more than 200000 nodes\n",
+        "error: m.ron:11:21: row `layers.66666.out`: the model has more than 200000 nodes\n  help: repeat fewer times\n",
     );
     let dropout = |p: &str| format!(r#"("layers", Dropout(p: {p}), ["embedding"])"#);
     model(
@@ -250,7 +268,7 @@ fn all_errors_of_a_pipeline_at_once() {
         &["check", "p.ron"],
         "error: p.ron:6:26: row `tokens`: `Chars`: unknown attribute `part`, expected one of: validation\n  \
          help: `dataflow ops Chars` shows the attributes\n\
-         error: p.ron:10:65: row `optimizer`: there is no row or input named `los`\n  help: did you mean `loss`?\n\
+         error: p.ron:10:62: row `optimizer`: there is no row or input named `los`\n  help: did you mean `loss`?\n\
          error: p.ron:13:35: row `best`: `Checkpoint`: unknown value `Bst`, expected one of: Best, Last\n  \
          help: did you mean `Best`?\n",
     );
@@ -261,7 +279,8 @@ fn a_cycle_of_stages() {
     pipeline(
         r#"Chars(validation: 0.1), ["text"]"#,
         r#"Chars(validation: 0.1), ["model"]"#,
-        "error: p.ron:7:10: row `batches`: these rows form a cycle: `batches` -> `model` -> `tokens` -> `batches`\n  \
+        "error: p.ron:6:20: row `tokens`: `Chars` takes a text (Text), but the row gives a model (Model)\n\
+         error: p.ron:7:10: row `batches`: these rows form a cycle: `batches` -> `model` -> `tokens` -> `batches`\n  \
          help: a row cannot read what depends on it; a recurrence over time is one op, such as Longhorn\n",
     );
 }

@@ -68,7 +68,7 @@ fn ops_lists_and_describes() {
     }
     let linear = folder.succeeds(&["ops", "Linear"]);
     for part in
-        ["Linear (op)", "inputs:", "formula:      x W^T + b", "attributes:   out, bias, tie", "must be set: out"]
+        ["Linear (op)", "inputs:  ", "formula:     x W^T + b", "attributes:  out, bias, tie", "must be set: out: 8"]
     {
         assert!(linear.contains(part), "{part}: {linear}");
     }

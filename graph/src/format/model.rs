@@ -1,6 +1,6 @@
 //! A model file: `config`, rows, and blocks of rows.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use ron::value::RawValue;
 use serde::Deserialize;
 
 use super::formula::{Formula, Number};
-use super::number::Scope;
+use super::number::{FOLLOWS, Scope};
 use super::rows::{Row, parse_file, parse_rows, read_source};
 use crate::diagnostic::{Diagnostic, Errors, Source, Span, nearest};
 
@@ -122,6 +122,15 @@ impl ModelFile {
     /// # Errors
     /// An undeclared name in `set`, an expression without a value, or names that depend on each other.
     pub fn config(&self, set: &BTreeMap<String, Number>) -> Result<Scope, Errors> {
+        let (scope, errors) = self.config_with_errors(set);
+        errors.into_result()?;
+        Ok(scope)
+    }
+
+    /// As [`config`](Self::config), with the names that do have a value in spite of errors: to find those of the rows
+    /// as well.
+    pub fn config_with_errors(&self, set: &BTreeMap<String, Number>) -> (Scope, Errors) {
+        let mut wrong = BTreeSet::new();
         let mut errors = Errors::default();
         for name in set.keys().filter(|n| !self.config.contains_key(*n) && !COMMON_CONFIG.contains(&n.as_str())) {
             let known: Vec<&str> = self.config.keys().map(String::as_str).collect();
@@ -140,7 +149,10 @@ impl ModelFile {
                 RawConfig::Real(x) => drop(values.insert(name.clone(), Number::Real(*x))),
                 RawConfig::Formula(text) => match Formula::parse(text) {
                     Ok(formula) => drop(formulas.insert(name.clone(), formula)),
-                    Err(e) => errors.push(self.config_error(name, e.to_string())),
+                    Err(e) => {
+                        errors.push(self.config_error(name, e.to_string()));
+                        wrong.insert(name.clone());
+                    }
                 },
             }
         }
@@ -154,22 +166,24 @@ impl ModelFile {
             if ready.is_empty() {
                 let names: Vec<_> = formulas.keys().cloned().collect();
                 errors.push(self.config_error(&names[0], format!("these depend on each other: {}", names.join(", "))));
+                wrong.extend(names);
                 break;
             }
-            let scope = Scope::new(values.clone());
+            let scope = Scope::new(values.clone()).without(wrong.clone());
             for name in ready {
                 let formula = formulas.remove(&name).expect("just listed");
                 match scope.evaluate(&formula.to_string()) {
                     Ok(value) => drop(values.insert(name, value)),
                     Err(e) => {
-                        errors.push(self.config_error(&name, e));
-                        values.insert(name, Number::Int(1)); // so that its users are not reported too
+                        if e != FOLLOWS {
+                            errors.push(self.config_error(&name, e));
+                        }
+                        wrong.insert(name);
                     }
                 }
             }
         }
-        errors.into_result()?;
-        Ok(Scope::new(values))
+        (Scope::new(values).without(wrong), errors)
     }
 
     fn config_error(&self, name: &str, message: String) -> Diagnostic {

@@ -4,7 +4,7 @@
 //! current for the thread, because serde's traits have no place for a context.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
@@ -17,29 +17,41 @@ use crate::diagnostic::nearest;
 
 /// Named numbers.
 #[derive(Clone, Debug, Default)]
-pub struct Scope(Arc<BTreeMap<String, Number>>);
+pub struct Scope {
+    numbers: Arc<BTreeMap<String, Number>>,
+    /// Names that should have a number, but it is wrong and was reported.
+    wrong: Arc<BTreeSet<String>>,
+}
+
+/// What [`Scope::evaluate`] says about an expression that uses a name whose number is wrong: nothing new for the user.
+pub(crate) const FOLLOWS: &str = "a name that it uses has no value";
 
 impl Scope {
     /// These names.
     pub fn new(names: BTreeMap<String, Number>) -> Self {
-        Self(Arc::new(names))
+        Self { numbers: Arc::new(names), wrong: Arc::default() }
+    }
+
+    /// The same, with names whose numbers are wrong.
+    pub(crate) fn without(self, wrong: BTreeSet<String>) -> Self {
+        Self { wrong: Arc::new(wrong), ..self }
     }
 
     /// The same names and one more.
     pub fn with(&self, name: &str, value: Number) -> Self {
-        let mut names = (*self.0).clone();
-        names.insert(name.to_string(), value);
-        Self::new(names)
+        let mut numbers = (*self.numbers).clone();
+        numbers.insert(name.to_string(), value);
+        Self { numbers: Arc::new(numbers), wrong: self.wrong.clone() }
     }
 
     /// The value of a name.
     pub fn get(&self, name: &str) -> Option<Number> {
-        self.0.get(name).copied()
+        self.numbers.get(name).copied()
     }
 
     /// All names.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.0.keys().map(String::as_str)
+        self.numbers.keys().map(String::as_str)
     }
 
     /// The value of an expression over these names.
@@ -48,6 +60,9 @@ impl Scope {
     /// A message for the user.
     pub fn evaluate(&self, text: &str) -> Result<Number, String> {
         let formula = Formula::parse(text).map_err(|e| e.to_string())?;
+        if formula.names().iter().any(|n| self.wrong.contains(*n)) {
+            return Err(FOLLOWS.into());
+        }
         for name in formula.names() {
             if self.get(name).is_none() {
                 let hint = match nearest(name, self.names()) {

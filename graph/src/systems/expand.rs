@@ -16,7 +16,7 @@ use crate::components::{Inputs, Name, Objectives, OpRef, Options, Outputs, Phase
 use crate::diagnostic::{Diagnostic, Errors};
 use crate::format::formula::Number;
 use crate::format::model::ModelFile;
-use crate::format::number::{Scope, Size, with_scope};
+use crate::format::number::{FOLLOWS, Scope, Size, with_scope};
 use crate::format::rows::{Row, order_rows};
 use crate::op::Op;
 use crate::registry::Registry;
@@ -69,14 +69,15 @@ pub fn expand(world: &mut World) -> Result<(), Errors> {
         training: options.training,
         errors: Errors::default(),
         nodes: 0,
+        follows: false,
     };
     let names = HashMap::from([("tokens".to_string(), Some(tokens))]);
     let made = expander.rows(&model.rows, names, &model.prefix, &scope, 0);
-    let mut errors = expander.errors;
-    if !errors.0.is_empty() {
+    let (mut errors, follows) = (expander.errors, expander.follows);
+    if follows || !errors.0.is_empty() {
         // also what is wrong with the shapes of the rows that could be expanded: all errors at once
         errors.extend(shapes(world, true));
-        return errors.into_result();
+        return Err(errors.sorted());
     }
 
     let logits = made.get(&model.output).copied().flatten().expect("checked when the file was parsed");
@@ -111,10 +112,16 @@ struct Expander<'a> {
     training: bool,
     errors: Errors,
     nodes: usize,
+    /// A row is missing because of an error in the config.
+    follows: bool,
 }
 
 impl Expander<'_> {
     fn report(&mut self, diagnostic: Diagnostic) {
+        if diagnostic.message.contains(FOLLOWS) {
+            self.follows = true; // the config's own error is with the caller
+            return;
+        }
         push_once(&mut self.errors, diagnostic);
     }
 
@@ -159,8 +166,7 @@ impl Expander<'_> {
         let inputs = inputs?;
         self.nodes += 1;
         if self.nodes > MAX_NODES {
-            let message = format!("the model has more than {MAX_NODES} nodes");
-            self.report(Diagnostic::new(message).at(row.span(&self.model.source)));
+            self.too_many(row, &path);
             return None;
         }
         let node = self.world.add_node();
@@ -178,6 +184,14 @@ impl Expander<'_> {
         let outputs = outputs.collect();
         self.world.set(node, Name(path));
         Some(outputs)
+    }
+
+    /// Says so once.
+    fn too_many(&mut self, row: &Row, path: &str) {
+        if self.nodes == MAX_NODES + 1 {
+            let message = format!("the model has more than {MAX_NODES} nodes");
+            self.report(Diagnostic::new(message).at(row.span(&self.model.source)).row(path).help("repeat fewer times"));
+        }
     }
 
     fn repeat(&mut self, row: &Row, names: &Names, path: &str, scope: &Scope, depth: usize) -> Option<ValueId> {
@@ -231,7 +245,7 @@ impl Expander<'_> {
             // a block may be empty
             self.nodes += 1;
             if self.nodes > MAX_NODES {
-                self.report(wrong(format!("the model has more than {MAX_NODES} nodes")));
+                self.too_many(row, &path);
             }
             if carried.is_none() || self.nodes > MAX_NODES {
                 return None;

@@ -80,8 +80,13 @@ impl Check {
             return Ok(Sound { line, parameters: None });
         }
         let model = Arc::new(ModelFile::parse(source)?);
-        let scope = model.config(&config_settings(&self.set)?)?;
-        check_model(registry, &model, scope)
+        let (scope, mut errors) = model.config_with_errors(&config_settings(&self.set)?);
+        let checked = check_model(registry, &model, scope);
+        if errors.0.is_empty() {
+            return checked;
+        }
+        errors.extend(checked.err().unwrap_or_default());
+        Err(errors.sorted())
     }
 }
 

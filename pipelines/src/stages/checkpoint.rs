@@ -130,9 +130,24 @@ fn save(path: &std::path::Path, snapshot: &Snapshot) -> Result<(), FileError> {
         })
         .collect();
     write_atomically(path, |file| {
-        let bytes = safetensors::serialize(views, Some(snapshot.about.clone())).map_err(std::io::Error::other)?;
+        let mut bytes = safetensors::serialize(views, Some(snapshot.about.clone())).map_err(std::io::Error::other)?;
+        sort_header(&mut bytes).map_err(std::io::Error::other)?;
         std::io::Write::write_all(file, &bytes)
     })
+}
+
+/// Puts the JSON header into a fixed order. The notes about the file come from a hash map, so that without this two
+/// runs of one seed would write different bytes.
+fn sort_header(bytes: &mut [u8]) -> Result<(), serde_json::Error> {
+    let length = u64::from_le_bytes(bytes[..8].try_into().expect("a safetensors file starts with 8 bytes of length"));
+    let header = &mut bytes[8..8 + length as usize];
+    // maps of serde_json are sorted; the same entries take the same space
+    let sorted = serde_json::to_vec(&serde_json::from_slice::<serde_json::Value>(header)?)?;
+    if sorted.len() <= header.len() {
+        header.fill(b' ');
+        header[..sorted.len()].copy_from_slice(&sorted);
+    }
+    Ok(())
 }
 
 pub(super) fn register(registry: &mut Registry) {
