@@ -5,6 +5,7 @@
 //!
 //! This is the only crate of the workspace that contains `unsafe`; each block states why it is sound.
 
+pub mod allocation;
 pub mod cpu;
 pub mod device;
 pub mod expression;

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
+use super::driver::Driver;
 use super::simd;
 use crate::device::{Buffer, DType, Device, DeviceError, Element, Kernel, Launch, Operand, Program, Region, Target};
 use crate::{Rows, RowsMut};
@@ -59,7 +60,7 @@ fn available_memory() -> Option<usize> {
 
 /// The processor: kernels are closures, threads a pool of its own.
 pub struct CpuDevice {
-    pool: Arc<rayon::ThreadPool>,
+    driver: Arc<Driver>,
     /// Held during every access to any buffer of this device.
     lock: Arc<Mutex<()>>,
 }
@@ -70,17 +71,13 @@ impl CpuDevice {
     /// # Errors
     /// If the system refuses to start the threads.
     pub fn new(threads: Option<usize>) -> Result<Self, String> {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads.unwrap_or(0))
-            .thread_name(|i| format!("kernel-{i}"))
-            .build()
-            .map_err(|e| format!("cannot start the kernel threads: {e}"))?;
-        Ok(Self { pool: Arc::new(pool), lock: Arc::default() })
+        let driver = Driver::new(threads.unwrap_or(0)).map_err(|e| format!("cannot start the kernel threads: {e}"))?;
+        Ok(Self { driver: Arc::new(driver), lock: Arc::default() })
     }
 
     /// Number of threads.
     pub fn threads(&self) -> usize {
-        self.pool.current_num_threads()
+        self.driver.threads()
     }
 }
 
@@ -125,7 +122,7 @@ impl Device for CpuDevice {
         Ok(Box::new(CpuProgram {
             launches: bound,
             _buffers: buffers,
-            pool: self.pool.clone(),
+            driver: self.driver.clone(),
             lock: self.lock.clone(),
         }))
     }
@@ -275,7 +272,7 @@ struct CpuProgram {
     launches: Vec<Bound>,
     /// Keeps the memory alive that the launches point into.
     _buffers: [Buffer; 4],
-    pool: Arc<rayon::ThreadPool>,
+    driver: Arc<Driver>,
     lock: Arc<Mutex<()>>,
 }
 
@@ -283,14 +280,14 @@ impl Program for CpuProgram {
     fn run(&mut self, range: Range<usize>) -> Result<(), DeviceError> {
         let _guard = self.lock.lock();
         let launches = &mut self.launches[range];
-        self.pool.install(|| launches.iter_mut().try_for_each(|launch| launch.run()))
+        self.driver.run(|| launches.iter_mut().try_for_each(|launch| launch.run()))
     }
 
     fn run_timed(&mut self, range: Range<usize>, seconds: &mut [f64]) -> Result<(), DeviceError> {
         let _guard = self.lock.lock();
         let launches = &mut self.launches[range.clone()];
         let seconds = &mut seconds[range];
-        self.pool.install(|| {
+        self.driver.run(|| {
             launches.iter_mut().zip(seconds).try_for_each(|(launch, total)| {
                 let start = Instant::now();
                 launch.run()?;

@@ -1,6 +1,7 @@
 //! Kernels for the CPU: Rust, with SIMD chosen at run time and threads through rayon.
 
 pub mod device;
+mod driver;
 pub mod simd;
 pub mod threads;
 

@@ -4,6 +4,7 @@
 //! results the same, bit for bit, on any machine load. So split work by sizes, not by thread count.
 
 use std::cell::RefCell;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
@@ -23,25 +24,75 @@ pub fn parallel_ranges(len: usize, grain: usize, task: impl Fn(std::ops::Range<u
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
+    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { free: Vec::new(), lent: 0 }) };
+}
+
+/// A thread's scratch memory.
+struct Scratch {
+    free: Vec<Vec<f32>>,
+    /// How many calls of [`with_scratch`] this thread is inside of.
+    lent: usize,
+}
+
+/// The most elements that any call wanted, the most calls inside of each other, and how often either grew.
+static LONGEST: AtomicUsize = AtomicUsize::new(0);
+static DEEPEST: AtomicUsize = AtomicUsize::new(0);
+static GROWTH: AtomicUsize = AtomicUsize::new(0);
+
+/// Counts how often the scratch memory of a thread had to grow beyond all before: when it changes, [`warm`] should
+/// run on every thread.
+pub(super) fn growth() -> usize {
+    GROWTH.load(Ordering::Acquire)
+}
+
+/// Gives this thread as much scratch memory as any thread has needed so far. Which thread takes which task is a matter of
+/// luck: without this one might meet its first long task after a thousand steps. Memory that no task touches costs
+/// address space only.
+pub(super) fn warm() {
+    let (longest, deepest) = (LONGEST.load(Ordering::Acquire), DEEPEST.load(Ordering::Acquire));
+    SCRATCH.with_borrow_mut(|scratch| {
+        scratch.free.retain(|buffer| buffer.len() >= longest);
+        let missing = deepest.saturating_sub(scratch.lent + scratch.free.len());
+        scratch.free.extend((0..missing).map(|_| vec![0.0; longest]));
+    });
 }
 
 /// Lends `len` elements of this thread's scratch memory, with whatever an earlier use left in them.
 ///
 /// The memory is kept, so that a training step allocates nothing after the first. Calls may nest.
 pub fn with_scratch<R>(len: usize, body: impl FnOnce(&mut [f32]) -> R) -> R {
-    let mut buffer = SCRATCH.with_borrow_mut(|free| {
-        // the smallest that fits, else the largest (which then grows)
+    let (mut buffer, depth) = SCRATCH.with_borrow_mut(|scratch| {
+        scratch.lent += 1;
+        let free = &mut scratch.free;
+        // the smallest that fits, else the largest (which is then replaced)
         let fits = (0..free.len()).filter(|&i| free[i].len() >= len).min_by_key(|&i| free[i].len());
-        match fits.or_else(|| (0..free.len()).max_by_key(|&i| free[i].len())) {
+        let buffer = match fits.or_else(|| (0..free.len()).max_by_key(|&i| free[i].len())) {
             Some(i) => free.swap_remove(i),
             None => Vec::new(),
-        }
+        };
+        (buffer, scratch.lent)
     });
+    // a buffer that is given up by a panic must not count as lent for ever
+    let returned = Returned;
+    if LONGEST.load(Ordering::Relaxed) < len || DEEPEST.load(Ordering::Relaxed) < depth {
+        let longer = LONGEST.fetch_max(len, Ordering::AcqRel) < len;
+        let deeper = DEEPEST.fetch_max(depth, Ordering::AcqRel) < depth;
+        GROWTH.fetch_add(usize::from(longer || deeper), Ordering::AcqRel);
+    }
     if buffer.len() < len {
-        buffer.resize(len, 0.0);
+        drop(std::mem::take(&mut buffer));
+        buffer = vec![0.0; len];
     }
     let result = body(&mut buffer[..len]);
-    SCRATCH.with_borrow_mut(|free| free.push(buffer));
+    SCRATCH.with_borrow_mut(|scratch| scratch.free.push(buffer));
+    drop(returned);
     result
+}
+
+struct Returned;
+
+impl Drop for Returned {
+    fn drop(&mut self) {
+        SCRATCH.with_borrow_mut(|scratch| scratch.lent -= 1);
+    }
 }
