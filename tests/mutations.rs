@@ -133,17 +133,11 @@ fn judge(text: &str, outcome: std::thread::Result<Result<(), Errors>>) -> bool {
     for error in &errors.0 {
         assert!(!error.message.is_empty(), "an error without words:\n{text}");
         if let Some(span) = &error.span {
-            assert!(span.bytes.start <= span.bytes.end && span.bytes.end <= text.len(), "{error}:\n{text}");
+            // a place that lies outside, or cuts a character in two, could not be shown
+            assert!(text.get(span.bytes.clone()).is_some(), "{error}:\n{text}");
         }
-        // people see the line, which must not split a character
-        assert!(!format!("{:?}", miette_free(error)).is_empty());
     }
     false
-}
-
-/// The text that a diagnostic points at.
-fn miette_free(error: &dataflow::graph::diagnostic::Diagnostic) -> Option<String> {
-    error.span.as_ref().map(|s| s.source.text[s.bytes.clone()].to_string())
 }
 
 fn train(registry: &Arc<Registry>, text: &str) -> Result<(), Errors> {

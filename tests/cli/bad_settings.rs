@@ -88,10 +88,13 @@ fn a_model_file_that_is_not_there() {
 #[test]
 fn a_model_of_too_few_layers() {
     let folder = Folder::new();
-    let message = folder.fails(&["check", &repository("models/rwkv.ron"), "--set", "n_layer=1"]);
+    let llama = repository("models/llama.ron");
+    let message = folder.fails(&["check", &llama, "--set", "n_layer=0"]);
     let first = message.lines().next().unwrap();
-    assert!(first.contains("row `transformer.h.0.tmix.time_maa_v`: `Weight`: "), "{message}");
-    assert!(first.contains("division by zero where ") && first.contains("n_layer = 1"), "{message}");
+    assert!(first.starts_with(&format!("error: {llama}:")), "{message}");
+    assert!(first.contains(": config `std_residual`: `0.02 / sqrt(2 * n_layer)`: division by zero"), "{message}");
+    assert!(first.ends_with(" where n_layer = 0"), "{message}");
+}
 }
 
 #[test]

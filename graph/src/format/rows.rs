@@ -139,14 +139,13 @@ pub fn ron_error(source: &Arc<Source>, text: &str, base: usize, error: &ron::err
             Diagnostic { message: format!("unknown {what} `{found}`, {known}"), ..diagnostic }
                 .nearest(found, expected.iter().copied())
         }
-        // a word without quotes: ron takes it for the name of a struct
         // a word without quotes: ron takes it for the name of a struct, and points behind it
         ron::Error::InvalidValueForType { expected, found } if found == "a unit value" => {
             let word = text[..start].rfind(|c: char| !(c.is_alphanumeric() || c == '_')).map_or(0, |i| i + 1);
             let message = format!("expected {expected}, found `{}`", &text[word..start]);
             Diagnostic { message, ..diagnostic }.at(Span { source: source.clone(), bytes: base + word..base + start })
         }
-        ron::Error::InvalidIdentifier(found) => {
+        ron::Error::InvalidIdentifier(found) | ron::Error::SuggestRawIdentifier(found) => {
             Diagnostic { message: format!("expected a name, found `{found}`"), ..diagnostic }
         }
         ron::Error::InvalidValueForType { expected, found } => {
