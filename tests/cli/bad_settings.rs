@@ -95,7 +95,6 @@ fn a_model_of_too_few_layers() {
     assert!(first.contains(": config `std_residual`: `0.02 / sqrt(2 * n_layer)`: division by zero"), "{message}");
     assert!(first.ends_with(" where n_layer = 0"), "{message}");
 }
-}
 
 #[test]
 fn devices_and_threads() {
