@@ -12,7 +12,7 @@ use crate::world::ValueId;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Name(pub String);
 
-/// Of nodes: where the row stands.
+/// Of nodes, and of parameter values: where the row stands.
 #[derive(Clone, Debug)]
 pub struct Place(pub Span);
 

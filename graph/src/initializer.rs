@@ -102,7 +102,7 @@ impl Initializer {
             Initializer::XavierUniform { gain } => {
                 let (fan_out, fan_in) = match shape {
                     [out, .., input] => (*out, *input),
-                    _ => return Err("Xavier initialisation needs a matrix".into()),
+                    _ => return Err(format!("XavierUniform fills matrices, but this is {shape:?}")),
                 };
                 uniform(&mut random, gain.0 * (6.0 / (fan_in + fan_out) as f64).sqrt(), out);
             }
@@ -120,7 +120,7 @@ impl Initializer {
                         "row" => Some(Number::Int((at / cols) as i64)),
                         _ => element.scope.get(name),
                     });
-                    *x = value.map_err(|e| format!("parameter `{name}`, element {at}: {e}"))?.real() as f32;
+                    *x = value.map_err(|e| format!("its element {at} has no initial value: {e}"))?.real() as f32;
                 }
             }
         }

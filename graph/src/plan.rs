@@ -7,7 +7,7 @@ use dataflow_kernels::device::{Launch, Operand, Region, Target};
 
 use crate::build::types_of;
 use crate::components::{Inputs, Name, OpRef, Options, Outputs, ParameterOf, Parameters, Phase, Place, States};
-use crate::diagnostic::{Diagnostic, Errors};
+use crate::diagnostic::{Diagnostic, Errors, Span};
 use crate::op::{Cost, NodeView, Parameter};
 use crate::systems::allocate::{Layout, Located};
 use crate::systems::in_place::InPlace;
@@ -57,6 +57,8 @@ pub struct PlannedParameter {
     pub port: Port,
     /// Whether weight decay applies.
     pub decays: bool,
+    /// The row that asks for it.
+    pub place: Option<Span>,
 }
 
 /// Launches and memory of a compiled model.
@@ -124,6 +126,7 @@ impl Plan {
                     parameter: world.expect::<ParameterOf>(value).0.clone(),
                     port: port(value),
                     decays: world.get::<crate::components::Decays>(value).is_some_and(|d| d.0),
+                    place: world.get::<Place>(value).map(|p| p.0.clone()),
                 })
                 .collect(),
         }

@@ -75,7 +75,11 @@ impl Session {
             let (parameter, port) = (&planned.parameter, &planned.port);
             values.clear();
             values.resize(port.tensor.elements(), 0.0f32);
-            parameter.init.fill(seed, &parameter.name, &parameter.shape, &mut values).map_err(Diagnostic::new)?;
+            parameter.init.fill(seed, &parameter.name, &parameter.shape, &mut values).map_err(|message| {
+                let mut diagnostic = Diagnostic::new(message).row(&parameter.name);
+                diagnostic.span = planned.place.clone();
+                diagnostic
+            })?;
             self.write(port, &values);
         }
         Ok(())

@@ -32,6 +32,7 @@ fn advice(error: &io::Error) -> &'static str {
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
             "; check the permissions or choose another folder"
         }
+        io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => "; a file is in the way: choose another path",
         _ => "",
     }
 }

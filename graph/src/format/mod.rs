@@ -1,5 +1,6 @@
 //! The RON format that models and pipelines share.
 
+pub mod brackets;
 pub mod formula;
 pub mod model;
 pub mod number;

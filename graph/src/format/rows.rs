@@ -11,6 +11,7 @@ use std::sync::Arc;
 use ron::value::RawValue;
 use serde::de::DeserializeOwned;
 
+use super::brackets::{Unbalanced, unbalanced};
 use crate::diagnostic::{Diagnostic, Errors, Source, Span, nearest};
 use crate::registry::Table;
 
@@ -80,6 +81,15 @@ pub fn parse_file<'a, T: serde::Deserialize<'a>>(source: &'a Arc<Source>, form: 
         return Err(Diagnostic::new("the file is empty").at(whole).help(format!("it should be {form}")));
     }
     options().from_str(&source.text).map_err(|e| {
+        let place = |byte| {
+            let (line, column) = source.line_column(byte);
+            format!("line {line}, column {column}")
+        };
+        if is_syntax(&e.code)
+            && let Some(Unbalanced { what, bytes }) = unbalanced(&source.text, place)
+        {
+            return Diagnostic::new(what).at(Span { source: source.clone(), bytes });
+        }
         let diagnostic = ron_error(source, &source.text, 0, &e);
         match e.code {
             ron::Error::ExpectedNamedStructLike(_) | ron::Error::ExpectedDifferentStructName { .. } => {
@@ -88,6 +98,22 @@ pub fn parse_file<'a, T: serde::Deserialize<'a>>(source: &'a Arc<Source>, form: 
             _ => diagnostic,
         }
     })
+}
+
+/// Whether the text is no RON at all; otherwise it is, but not what was expected.
+fn is_syntax(error: &ron::Error) -> bool {
+    use ron::Error::*;
+    !matches!(
+        error,
+        ExpectedNamedStructLike(_)
+            | ExpectedDifferentStructName { .. }
+            | NoSuchStructField { .. }
+            | NoSuchEnumVariant { .. }
+            | MissingStructField { .. }
+            | DuplicateStructField { .. }
+            | InvalidValueForType { .. }
+            | Message(_)
+    )
 }
 
 /// A ron error about `text`, which starts at byte `base` of the file.
@@ -113,12 +139,14 @@ pub fn ron_error(source: &Arc<Source>, text: &str, base: usize, error: &ron::err
             Diagnostic { message: format!("unknown {what} `{found}`, {known}"), ..diagnostic }
                 .nearest(found, expected.iter().copied())
         }
-        // a word without quotes: ron takes it for the name of a struct
         // a word without quotes: ron takes it for the name of a struct, and points behind it
         ron::Error::InvalidValueForType { expected, found } if found == "a unit value" => {
             let word = text[..start].rfind(|c: char| !(c.is_alphanumeric() || c == '_')).map_or(0, |i| i + 1);
             let message = format!("expected {expected}, found `{}`", &text[word..start]);
             Diagnostic { message, ..diagnostic }.at(Span { source: source.clone(), bytes: base + word..base + start })
+        }
+        ron::Error::InvalidIdentifier(found) | ron::Error::SuggestRawIdentifier(found) => {
+            Diagnostic { message: format!("expected a name, found `{found}`"), ..diagnostic }
         }
         ron::Error::InvalidValueForType { expected, found } => {
             Diagnostic { message: format!("expected {expected}, found {found}"), ..diagnostic }
@@ -194,14 +222,15 @@ fn parse_row(source: &Arc<Source>, raw: &RawValue) -> Result<Row, Diagnostic> {
     };
     if end == 0 || !attributes.text.starts_with('(') {
         return Err(Diagnostic::new(format!("expected an op such as `Linear(out: 8)`, found `{op_text}`"))
-            .at(Span { source: source.clone(), bytes }));
+            .at(Span { source: source.clone(), bytes })
+            .row(&names[0].text));
     }
-    Ok(Row {
-        names,
-        op: Spanned { text: op_text[..end].to_string(), bytes: bytes.start..bytes.start + end },
-        attributes,
-        inputs: strings(source, trimmed(inputs))?,
-    })
+    let op = Spanned { text: op_text[..end].to_string(), bytes: bytes.start..bytes.start + end };
+    let inputs = strings(source, trimmed(inputs)).map_err(|e| {
+        let help = "inputs are a list of names in quotes: [\"a\", \"b\"]";
+        e.row(&names[0].text).help(help)
+    })?;
+    Ok(Row { names, op, attributes, inputs })
 }
 
 fn valid_name(name: &str) -> bool {

@@ -1,7 +1,7 @@
 //! `infer`: shapes and element types of all values, and the parameters that ops ask for.
 //!
 //! Reads the topology, `OpRef`, `Name`, `Place`, `RowNames` of nodes, `Arc<ModelFile>`.
-//! Writes `TensorType`, `Role`, `Name` of values; new parameter values with `ParameterOf` and `Decays`,
+//! Writes `TensorType`, `Role`, `Name` of values; new parameter values with `ParameterOf`, `Place` and `Decays`,
 //! connected behind the data inputs; the resource `Parameters`.
 
 use std::collections::{BTreeMap, HashSet};
@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::expand::RowNames;
 use super::{op_error, push_once};
 use crate::build::{add_source, finish, state, types_of};
-use crate::components::{Decays, Name, OpRef, Options, ParameterOf, Parameters, Role};
+use crate::components::{Decays, Name, OpRef, Options, ParameterOf, Parameters, Place, Role};
 use crate::diagnostic::{Errors, nearest};
 use crate::format::model::ModelFile;
 use crate::op::{Op, OpError, Recurrent};
@@ -162,6 +162,9 @@ fn infer_node(
                 let full = format!("{name}{dot}{}", wanted.name);
                 let value = add_source(world, &full, TensorType::f32(wanted.shape.clone()), Role::Parameter);
                 world.set(value, Decays(wanted.shape.len() >= 2));
+                if let Some(place) = world.get::<Place>(node).cloned() {
+                    world.set(value, place);
+                }
                 world.set(value, ParameterOf(crate::op::Parameter { name: full.clone(), ..wanted }));
                 world.resource_mut::<Parameters>().expect("set above").0.push(value);
                 if parameters.insert(full.clone(), value).is_some() {

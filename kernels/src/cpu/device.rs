@@ -47,6 +47,17 @@ impl Drop for Memory {
     }
 }
 
+/// Bytes that can be used before the machine runs out of memory, where the system tells.
+fn available_memory() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kilobytes = |name: &str| {
+        let line = text.lines().find_map(|l| l.strip_prefix(name))?;
+        line.split_whitespace().next()?.parse::<usize>().ok()
+    };
+    let total = kilobytes("MemAvailable:")? + kilobytes("SwapFree:").unwrap_or(0);
+    total.checked_mul(1024)
+}
+
 /// The processor: kernels are closures, threads a pool of its own.
 pub struct CpuDevice {
     driver: Arc<Driver>,
@@ -84,6 +95,10 @@ impl Device for CpuDevice {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Buffer, DeviceError> {
+        // systems promise memory that they do not have, and end the process that uses it
+        if available_memory().is_some_and(|available| bytes > available) {
+            return Err(DeviceError::OutOfMemory(bytes));
+        }
         let memory = Memory::zeroed(bytes).ok_or(DeviceError::OutOfMemory(bytes))?;
         Ok(Buffer { len: bytes, memory: Arc::new(memory) })
     }
@@ -317,6 +332,17 @@ mod tests {
         let mut out = [0.0f32; 2];
         device.read(&buffers[0], 16, as_bytes_mut(&mut out));
         assert_eq!(out, [1.0, 3.0]);
+    }
+
+    #[test]
+    fn more_memory_than_there_is_is_an_error() {
+        let device = CpuDevice::new(Some(1)).unwrap();
+        let Some(available) = available_memory() else { return };
+        assert!(available > 1 << 20, "{available}");
+        // twice that: other processes may give some back meanwhile
+        for bytes in [2 * available, isize::MAX as usize, usize::MAX] {
+            assert!(matches!(device.allocate(bytes), Err(DeviceError::OutOfMemory(b)) if b == bytes));
+        }
     }
 
     #[test]
