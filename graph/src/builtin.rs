@@ -84,6 +84,7 @@ impl Op for Fill {
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let value = self.value;
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let mut out = a.rows_mut::<f32>(0);
                 (0..out.rows()).for_each(|r| out.row(r).fill(value));
@@ -119,6 +120,7 @@ impl Op for SumTo {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let rule = Broadcast::new(&self.shape, &node.inputs[0].shape).expect("checked by `infer`");
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let x = a.rows::<f32>(0);
                 match (rule.column, rule.modulo, rule.div) {
@@ -174,6 +176,7 @@ pub struct Clear;
 impl Op for Clear {
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(|a| {
                 a.slice_mut::<f32>(0).fill(0.0);
                 Ok(())
@@ -195,6 +198,7 @@ impl Op for Increment {
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(|a| {
                 a.slice_mut::<i32>(0)[0] += 1;
                 Ok(())

@@ -118,6 +118,7 @@ pub fn gradient(program: &Program, g: &mut Gradient<'_>) -> Result<(), OpError> 
 /// None for the CPU.
 pub fn lower(program: &Program, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
     match target {
+        Target::Cuda => Err(OpError::no_kernel(target)),
         Target::Cpu => cpu(program, node),
     }
 }

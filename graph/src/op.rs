@@ -22,6 +22,13 @@ use crate::types::TensorType;
 #[error("{0}")]
 pub struct OpError(pub String);
 
+impl OpError {
+    /// For [`Op::lower`], where there is no kernel for this kind of device.
+    pub fn no_kernel(target: Target) -> Self {
+        Self(format!("the op has no kernel for the device `{target}`"))
+    }
+}
+
 impl From<String> for OpError {
     fn from(message: String) -> Self {
         Self(message)
@@ -195,7 +202,7 @@ pub trait Op: Any + fmt::Debug + Send + Sync + 'static {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match self.expression(node.inputs.len()) {
             Some(program) => elementwise::lower(&program, node, target),
-            None => Err("the op has no kernel for this device".into()),
+            None => Err(OpError::no_kernel(target)),
         }
     }
 

@@ -10,12 +10,24 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use crate::cpu::device::{Arguments, CpuDevice};
+pub use crate::cuda::call::Calls;
 
 /// The kind of device that a kernel is written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Target {
     /// The processor.
     Cpu,
+    /// A CUDA device.
+    Cuda,
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Target::Cpu => "cpu",
+            Target::Cuda => "cuda",
+        })
+    }
 }
 
 /// Element types.
@@ -113,10 +125,15 @@ pub struct KernelError(pub String);
 /// A kernel for the processor: reads and writes the tensors of its launch.
 pub type CpuKernel = Box<dyn Fn(&Arguments<'_>) -> Result<(), KernelError> + Send + Sync>;
 
+/// A kernel for a CUDA device: writes down the calls of its launch, once, when a plan is loaded.
+pub type CudaKernel = Box<dyn Fn(&mut Calls<'_>) -> Result<(), KernelError> + Send + Sync>;
+
 /// The code that a launch runs.
 pub enum Kernel {
     /// A closure over slices.
     Cpu(CpuKernel),
+    /// Kernel calls and matrix products, see [`cuda::call`](crate::cuda::call).
+    Cuda(CudaKernel),
 }
 
 impl Kernel {
@@ -124,13 +141,24 @@ impl Kernel {
     pub fn cpu(run: impl Fn(&Arguments<'_>) -> Result<(), KernelError> + Send + Sync + 'static) -> Self {
         Kernel::Cpu(Box::new(run))
     }
+
+    /// A CUDA kernel.
+    pub fn cuda(describe: impl Fn(&mut Calls<'_>) -> Result<(), KernelError> + Send + Sync + 'static) -> Self {
+        Kernel::Cuda(Box::new(describe))
+    }
+
+    /// What it is for.
+    pub fn target(&self) -> Target {
+        match self {
+            Kernel::Cpu(_) => Target::Cpu,
+            Kernel::Cuda(_) => Target::Cuda,
+        }
+    }
 }
 
 impl fmt::Debug for Kernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Kernel::Cpu(_) => f.write_str("Cpu"),
-        }
+        write!(f, "{:?}", self.target())
     }
 }
 

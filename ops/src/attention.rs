@@ -69,6 +69,7 @@ impl Op for CausalAttention {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (dims, p, seed, site) = (self.dims(&node.inputs[0])?, self.dropout.0 as f32, node.seed, self.site);
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let mask = Self::mask(p, seed, site, a, 3);
                 attention::forward(dims, a.rows(0), a.rows(1), a.rows(2), mask, a.rows_mut(0), a.slice_mut(1));
@@ -127,6 +128,7 @@ impl Op for CausalAttentionGradient {
         let op = &self.0;
         let (dims, p, seed, site) = (op.dims(&node.inputs[0])?, op.dropout.0 as f32, node.seed, op.site);
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let mask = CausalAttention::mask(p, seed, site, a, 6);
                 let (dq, dk, dv) = (a.rows_mut(0), a.rows_mut(1), a.rows_mut(2));

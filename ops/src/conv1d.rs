@@ -71,6 +71,7 @@ impl Op for CausalConv1d {
         let (_, time, _) = sizes(&node.inputs[0])?;
         let (bias, silu) = (*self.bias, self.activation == Activation::Silu);
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let conv = Conv { weight: a.slice(1), bias: bias.then(|| a.slice(2)), silu };
                 conv1d::forward(conv, a.rows(0), time, None, a.rows_mut(0), None);
@@ -119,6 +120,7 @@ impl Op for CausalConv1dGradient {
         let (_, time, _) = sizes(&node.inputs[1])?;
         let (bias, silu) = (*self.0.bias, self.0.activation == Activation::Silu);
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let conv = Conv { weight: a.slice(2), bias: bias.then(|| a.slice(3)), silu };
                 let dbias = bias.then(|| a.slice_mut(2));

@@ -54,6 +54,7 @@ impl Op for Embedding {
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(|a| {
                 embedding::forward(a.slice(0), a.slice(1), a.rows_mut(0)).map_err(|e| KernelError(e.to_string()))
             })),
@@ -95,6 +96,7 @@ impl Op for EmbeddingGradient {
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let adding = self.adding;
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let mut dw = a.rows_mut(0);
                 if adding && a.in_place(0).is_none() {
@@ -150,6 +152,7 @@ impl Op for PositionEmbedding {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let time = node.outputs[0].rows();
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 copy_rows(a.rows(1).slice_rows(0, time), a.rows_mut(0));
                 Ok(())
@@ -181,6 +184,7 @@ impl Op for PadRows {
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(|a| {
                 let (x, mut y) = (a.rows::<f32>(0), a.rows_mut::<f32>(0));
                 for r in 0..y.rows() {

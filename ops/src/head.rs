@@ -96,6 +96,7 @@ impl Op for LinearCrossEntropy {
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let upstream = self.upstream;
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let loss = match upstream {
                     Some(upstream) => train(a, upstream),

@@ -57,6 +57,7 @@ impl Op for Split {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let starts = starts(&self.widths(node.inputs[0].cols())?);
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let x = a.rows::<f32>(0);
                 for (o, &start) in starts.iter().enumerate() {
@@ -106,6 +107,7 @@ impl Op for Concat {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let starts = starts(&node.inputs.iter().map(TensorType::cols).collect::<Vec<_>>());
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let mut y = a.rows_mut::<f32>(0);
                 for (i, &start) in starts.iter().enumerate() {
@@ -151,6 +153,7 @@ impl Op for Weight {
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(|a| {
                 copy_rows(a.rows(0), a.rows_mut(0));
                 Ok(())

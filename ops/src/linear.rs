@@ -77,6 +77,7 @@ impl Op for Linear {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let bias = node.inputs.len() > 2;
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let init = if bias { Init::Bias(a.slice(2)) } else { Init::Zero };
                 matmul(a.rows_mut(0), Mat::Normal(a.rows(0)), Mat::Transposed(a.rows(1)), init);
@@ -122,6 +123,7 @@ impl Op for LinearInput {
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let adding = self.adding;
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let mut dx = a.rows_mut(0);
                 if adding && a.in_place(0).is_none() {
@@ -157,6 +159,7 @@ impl Op for LinearWeight {
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(|a| {
                 matmul(a.rows_mut(0), Mat::Transposed(a.rows(0)), Mat::Normal(a.rows(1)), Init::Zero);
                 Ok(())
@@ -229,6 +232,7 @@ impl Op for MatMul {
         let (ra, rb, ry) = (rows(&node.inputs[0]), rows(&node.inputs[1]), rows(&node.outputs[0]));
         let batches = node.outputs[0].shape[..node.outputs[0].shape.len() - 2].iter().product();
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |args| {
                 let (a, b, y) = (args.rows::<f32>(0), args.rows::<f32>(1), args.rows_mut::<f32>(0));
                 batched(batches, (a, ra, ta), (b, rb, tb), y, ry);

@@ -68,6 +68,7 @@ impl Op for Wkv {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (batch, ..) = sizes(&node.inputs[0])?;
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (decay, bonus) = (a.slice(3), a.slice(4));
                 let (y, kept) = (a.rows_mut(0), Some(a.slice_mut(1)));
@@ -108,6 +109,7 @@ impl Op for WkvGradient {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (batch, ..) = sizes(&node.inputs[0])?;
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (r, k, v, decay, bonus) = (a.rows(0), a.rows(1), a.rows(2), a.slice(3), a.slice(4));
                 let (dr, dk, dv) = (a.rows_mut(0), a.rows_mut(1), a.rows_mut(2));
@@ -212,6 +214,7 @@ impl Op for Retention {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (dims, form) = (self.dims(&node.inputs[0], &node.inputs[2])?, self.form);
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (q, k, v, y, kept) = (a.rows(0), a.rows(1), a.rows(2), a.rows_mut(0), a.slice_mut(1));
                 match form {
@@ -255,6 +258,7 @@ impl Op for RetentionGradient {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (dims, form) = (self.0.dims(&node.inputs[0], &node.inputs[2])?, self.0.form);
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (q, k, v, kept, dy) = (a.rows(0), a.rows(1), a.rows(2), a.slice(3), a.rows(4));
                 let (dq, dk, dv) = (a.rows_mut(0), a.rows_mut(1), a.rows_mut(2));
@@ -316,6 +320,7 @@ impl Op for GatedLinearAttention {
         let (batch, ..) = sizes(&node.inputs[0])?;
         let (heads, scale) = (*self.heads, self.scale());
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (q, k, v, gate) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3));
                 let (y, kept) = (a.rows_mut(0), Some(a.slice_mut(1)));
@@ -358,6 +363,7 @@ impl Op for GatedLinearAttentionGradient {
         let (batch, ..) = sizes(&node.inputs[0])?;
         let (heads, scale) = (*self.0.heads, self.0.scale());
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (q, k, v, gate, kept, dy) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3), a.slice(4), a.rows(5));
                 let (dq, dk, dv, dgate) = (a.rows_mut(0), a.rows_mut(1), a.rows_mut(2), a.rows_mut(3));

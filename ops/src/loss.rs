@@ -45,6 +45,7 @@ impl Op for CrossEntropy {
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(|a| {
                 let loss = cross_entropy::forward(a.rows(0), a.slice(1), a.slice_mut(1));
                 a.slice_mut(0)[0] = loss.map_err(|e| KernelError(e.to_string()))?.mean();
@@ -73,6 +74,7 @@ impl Op for CrossEntropyGradient {
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(|a| {
                 let (targets, lse, upstream) = (a.slice(1), a.slice(2), a.slice::<f32>(3)[0]);
                 let done = match a.in_place(0) {
@@ -109,6 +111,7 @@ impl Op for Accuracy {
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(|a| {
                 let counts = cross_entropy::accuracy(a.rows(0), a.slice(1));
                 let (correct, counted) = counts.map_err(|e| KernelError(e.to_string()))?;

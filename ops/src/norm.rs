@@ -99,15 +99,16 @@ impl Form {
         inputs.extend((1..pair.consumer_inputs.len()).map(Of::Consumer));
         Some(Merged { op: Arc::new(SumNorm(*self)), inputs, outputs: vec![Of::Consumer(0), Of::Producer(0)] })
     }
-    fn lower(&self, target: Target) -> Kernel {
+    fn lower(&self, target: Target) -> Result<Kernel, OpError> {
         let Form { norm, weight, bias } = *self;
         match target {
-            Target::Cpu => Kernel::cpu(move |a| {
+            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let w = weight.then(|| a.slice::<f32>(1));
                 let b = bias.then(|| a.slice::<f32>(1 + usize::from(weight)));
                 norm::forward(norm, a.rows(0), None, w, b, a.rows_mut(0), Some(a.slice_mut(1)));
                 Ok(())
-            }),
+            })),
         }
     }
 }
@@ -130,7 +131,7 @@ macro_rules! norm_op {
                 self.form().gradient(g)
             }
             fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
-                Ok(self.form().lower(target))
+                self.form().lower(target)
             }
             fn merge(&self, pair: &Pair<'_>) -> Option<Merged> {
                 self.form().merge(pair)
@@ -196,6 +197,7 @@ impl Op for SumNorm {
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let Form { norm, weight, bias } = self.0;
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let w = weight.then(|| a.slice::<f32>(2));
                 let b = bias.then(|| a.slice::<f32>(2 + usize::from(weight)));
@@ -246,6 +248,7 @@ impl Op for NormGradient {
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let Self { form: Form { norm, weight, bias }, passing } = *self;
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let w = weight.then(|| a.slice::<f32>(3));
                 let dh = passing.then(|| a.rows(3 + usize::from(weight)));

@@ -97,6 +97,7 @@ impl Op for LearningRate {
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let schedule = self.0.clone();
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 a.slice_mut(0)[0] = schedule.at(a.slice::<i32>(0)[0] as u64) as f32;
                 Ok(())
@@ -118,6 +119,7 @@ impl Op for GlobalNorm {
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(|a| {
                 let squares: f64 = (0..a.inputs()).map(|i| sum_of_squares(a.slice(i))).sum();
                 a.slice_mut(0)[0] = squares.sqrt() as f32;
@@ -149,6 +151,7 @@ impl Op for AdamWUpdate {
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let Self { settings, decays } = self.clone();
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (step, lr) = (a.slice::<i32>(0)[0] as u64 + 1, f64::from(a.slice::<f32>(1)[0]));
                 let norm = f64::from(a.slice::<f32>(2)[0]);

@@ -37,6 +37,7 @@ impl Op for OneToken {
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let run = self.cpu.clone();
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| run(a))),
         }
     }

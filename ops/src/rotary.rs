@@ -86,6 +86,7 @@ impl Op for Rotary {
         let direction = if self.backward { Direction::Backward } else { Direction::Forward };
         let scale = self.scale.0 as f32;
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let rotation = Rotation { pairing, head_dim: dim, cos: &cos, sin: &sin, scale };
                 match a.in_place(0) {

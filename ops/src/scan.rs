@@ -107,6 +107,7 @@ impl Op for Longhorn {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (dims, gated) = (dims(&node.inputs[0], &node.inputs[1])?, self.gated);
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (u, q, k, dt, skip) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3), Some(a.slice(4)));
                 let inputs = longhorn::Inputs { u, dt, q, k, t_bias: None, skip, gate: gated.then(|| a.rows(5)) };
@@ -150,6 +151,7 @@ impl Op for LonghornGradient {
         let (dims, gated) = (dims(&node.inputs[0], &node.inputs[1])?, self.gated);
         let saved = 5 + usize::from(gated);
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (u, q, k, dt, skip) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3), Some(a.slice(4)));
                 let inputs = longhorn::Inputs { u, dt, q, k, t_bias: None, skip, gate: gated.then(|| a.rows(5)) };
@@ -205,6 +207,7 @@ impl Op for SelectiveScan {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (dims, gated) = (dims(&node.inputs[0], &node.inputs[2])?, self.gated);
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (u, delta, b, c) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3));
                 let (a_log, skip, gate) = (a.slice(4), Some(a.slice(5)), gated.then(|| a.rows(6)));
@@ -250,6 +253,7 @@ impl Op for SelectiveScanGradient {
         let (dims, gated) = (dims(&node.inputs[0], &node.inputs[2])?, self.gated);
         let saved = 6 + usize::from(gated);
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (u, delta, b, c) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3));
                 let (a_log, skip, gate) = (a.slice(4), Some(a.slice(5)), gated.then(|| a.rows(6)));

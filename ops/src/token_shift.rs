@@ -47,6 +47,7 @@ impl Op for TokenShift {
         let (_, time, _) = sizes(&node.inputs[0])?;
         let mixes = node.inputs.len() - 1;
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 if mixes == 0 {
                     token_shift::forward(a.rows(0), time, None, a.rows_mut(0));
@@ -106,6 +107,7 @@ impl Op for TokenShiftGradient {
         let (_, time, _) = sizes(&node.inputs[0])?;
         let mixes = self.mixes;
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 if mixes == 0 {
                     token_shift::backward(a.rows(0), time, a.rows_mut(0), None);

@@ -10,7 +10,9 @@ use parking_lot::Mutex;
 
 use super::driver::Driver;
 use super::simd;
-use crate::device::{Buffer, DType, Device, DeviceError, Element, Kernel, Launch, Operand, Program, Region, Target};
+use crate::device::{
+    Buffer, CpuKernel, DType, Device, DeviceError, Element, Kernel, Launch, Operand, Program, Region, Target,
+};
 use crate::{Rows, RowsMut};
 
 /// Memory is aligned to cache lines and to the widest vectors.
@@ -138,7 +140,7 @@ struct Tensor {
 
 struct Bound {
     name: String,
-    kernel: Kernel,
+    kernel: CpuKernel,
     inputs: Vec<Tensor>,
     outputs: Vec<Tensor>,
     in_place: Vec<(usize, usize)>,
@@ -177,13 +179,17 @@ impl Bound {
                 return Err(wrong(format!("outputs {o} and {other} overlap")));
             }
         }
-        Ok(Self { name: launch.name, kernel: launch.kernel, inputs, outputs, in_place: launch.in_place })
+        let kernel = match launch.kernel {
+            Kernel::Cpu(kernel) => kernel,
+            other => return Err(wrong(format!("its kernel is for {}, not for the processor", other.target()))),
+        };
+        Ok(Self { name: launch.name, kernel, inputs, outputs, in_place: launch.in_place })
     }
 
     fn run(&self) -> Result<(), DeviceError> {
         self.outputs.iter().for_each(|t| t.taken.set(false));
-        let Kernel::Cpu(kernel) = &self.kernel;
-        kernel(&Arguments { launch: self }).map_err(|source| DeviceError::Kernel { launch: self.name.clone(), source })
+        let done = (self.kernel)(&Arguments { launch: self });
+        done.map_err(|source| DeviceError::Kernel { launch: self.name.clone(), source })
     }
 }
 

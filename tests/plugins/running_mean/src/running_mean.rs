@@ -42,6 +42,7 @@ impl Op for RunningMean {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let [_, time, _] = sizes(&node.inputs[0])?;
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |arguments| {
                 forward(arguments.rows(0), time, arguments.rows_mut(0));
                 Ok(())
@@ -74,6 +75,7 @@ impl Op for RunningMeanGradient {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let [_, time, _] = sizes(&node.inputs[0])?;
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |arguments| {
                 backward(arguments.rows(0), time, arguments.rows_mut(0));
                 Ok(())

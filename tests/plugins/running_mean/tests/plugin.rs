@@ -158,6 +158,7 @@ impl Op for Opaque {
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(|arguments| {
                 arguments.slice_mut::<f32>(0).copy_from_slice(arguments.slice(0));
                 Ok(())
