@@ -2,10 +2,11 @@
 //!
 //! This package is the outermost layer: what feeds a training step ([`data`]), the stages of a pipeline
 //! ([`stages`], [`pipeline`]), the training loop ([`trainer`]), what a run leaves behind ([`report`]), the
-//! comparison with golden files ([`verify`]), and the command line ([`cli`]). The compiler, the ops and the kernels are the crates `dataflow-graph`, `dataflow-ops` and
+//! comparison with golden files ([`verify`]), measurements ([`bench`]), and the command line ([`cli`]). The compiler, the ops and the kernels are the crates `dataflow-graph`, `dataflow-ops` and
 //! `dataflow-kernels`.
 
 pub mod app;
+pub mod bench;
 pub mod cli;
 pub mod data;
 pub mod files;

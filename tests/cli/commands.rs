@@ -1,4 +1,4 @@
-//! `check`, `ops`, `plan`, and `run --until`.
+//! `check`, `ops`, `plan`, `bench`, and `run --until`.
 
 use std::fs;
 
@@ -97,6 +97,32 @@ fn plan_as_json() {
     assert!(number("launches") <= number("launches_unfused"), "{value}");
     assert!(number("live_peak_bytes") <= number("arena_bytes"), "{value}");
     assert!(number("arena_bytes") <= number("sum_bytes"), "{value}");
+}
+
+#[test]
+fn bench_measures_and_compares() {
+    let folder = Folder::with_pipeline();
+    let bench = ["bench", "tiny.ron", "--batch", "2", "--block", "8", "--steps", "3", "--threads", "2"];
+    let text = folder.succeeds(&[&bench[..], &["--json"]].concat());
+    let value = json(&text);
+    for field in ["tokens_per_s", "step_ms_median", "flops_per_s", "roofline_fraction", "first_step_s"] {
+        assert!(value[field].as_f64().is_some_and(|n| n > 0.0), "{field}: {value}");
+    }
+    if cfg!(target_os = "linux") {
+        assert!(value["peak_rss_mb"].as_f64().is_some_and(|n| n > 1.0), "{value}");
+    }
+    let launches = value["launches"].as_array().unwrap();
+    let plan = json(&folder.succeeds(&["plan", "tiny.ron", "--batch", "2", "--block", "8", "--json"]));
+    assert_eq!(launches.len() as u64, plan["launches"].as_u64().unwrap());
+    let shares: f64 = launches.iter().map(|l| l["share"].as_f64().unwrap()).sum();
+    assert!((shares - 1.0).abs() < 1e-6, "{shares}");
+    folder.write("before.json", text);
+    let out = folder.succeeds(&[&bench[..], &["--compare", "before.json"]].concat());
+    for part in ["by op", "slowest launches", "LinearWeight", "compared", "of the roofline"] {
+        assert!(out.contains(part), "{part}: {out}");
+    }
+    let ran = folder.dataflow(&[&bench[..], &["--compare", "pipe.ron"]].concat());
+    assert!(ran.code == Some(1) && ran.err.contains("pipe.ron is no result of `dataflow bench`"), "{}", ran.err);
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! The command line.
 
+mod bench;
 mod check;
+mod model_args;
 mod ops;
 mod plan;
 mod run;
@@ -37,6 +39,8 @@ enum Command {
     Ops(ops::Ops),
     /// Show the compiled training step of a model: launches and memory
     Plan(plan::Plan),
+    /// Time training steps on random tokens: the slowest launches and their distance from the roofline
+    Bench(bench::Bench),
     /// Compare golden files (ops, gradients, training trajectories) with this program
     Verify(verify::Verify),
 }
@@ -97,6 +101,7 @@ pub fn run(registry: &Arc<Registry>, arguments: impl IntoIterator<Item = OsStrin
         Command::Check(check) => check.run(registry),
         Command::Ops(ops) => ops.run(registry),
         Command::Plan(plan) => plan.run(registry),
+        Command::Bench(bench) => bench.run(registry),
         Command::Verify(verify) => verify.run(registry),
     };
     match done {

@@ -1,38 +1,22 @@
 //! `dataflow plan MODEL`
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
 use dataflow_graph::compile::{Request, compile};
-use dataflow_graph::components::Options;
 use dataflow_graph::diagnostic::Errors;
-use dataflow_graph::format::model::ModelFile;
 use dataflow_graph::plan::PlannedLaunch;
 use dataflow_graph::registry::Registry;
 use dataflow_kernels::device::{Operand, Region};
-use dataflow_ops::loss::CrossEntropy;
-use dataflow_ops::optimizer::{AdamW, Schedule};
 use serde_json::json;
 
-use super::{config_settings, print, print_json, thousands};
+use super::model_args::ModelArgs;
+use super::{print, print_json, thousands};
 
 #[derive(Args)]
 pub(super) struct Plan {
-    /// A model file, such as models/longhorn.ron
-    model: PathBuf,
-    /// Sequences in a batch
-    #[arg(long, value_name = "B", value_parser = clap::value_parser!(u32).range(1..))]
-    batch: u32,
-    /// Tokens in a sequence
-    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..))]
-    block: u32,
-    /// Change the config of the model; may be repeated
-    #[arg(long, value_name = "NAME=VALUE")]
-    set: Vec<String>,
-    /// Leave a system of the compiler out; may be repeated
-    #[arg(long, value_name = "SYSTEM")]
-    without: Vec<String>,
+    #[command(flatten)]
+    model: ModelArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -40,32 +24,10 @@ pub(super) struct Plan {
 
 impl Plan {
     pub(super) fn run(self, registry: &Arc<Registry>) -> Result<(), Errors> {
-        let model = Arc::new(ModelFile::read(&self.model)?);
-        let mut config = config_settings(&self.set)?;
-        config.entry("block".into()).or_insert(dataflow_graph::format::formula::Number::Int(self.block.into()));
-        let scope = model.config(&config)?;
-        let adamw =
-            AdamW { schedule: Schedule::Constant(1e-3), betas: (0.9, 0.99), eps: 1e-8, decay: 0.1, clip: Some(1.0) };
-        let options = Options {
-            batch: self.batch as usize,
-            block: self.block as usize,
-            micro_batches: 1,
-            seed: 0,
-            training: true,
-            recurrent: None,
-        };
-        let request = |without: Vec<String>| Request {
-            registry: registry.clone(),
-            model: model.clone(),
-            scope: scope.clone(),
-            options: options.clone(),
-            objectives: vec![("loss".into(), Arc::new(CrossEntropy {}))],
-            optimizer: Some(Arc::new(adamw.clone())),
-            without,
-        };
-        let plan = compile(&request(self.without.clone()))?.plan;
-        let all: Vec<String> = registry.systems.optional().map(String::from).collect();
-        let unfused = compile(&request(all))?.plan.launches.len();
+        let request = self.model.training(registry)?;
+        let plan = compile(&request)?.plan;
+        let all = registry.systems.optional().map(String::from).collect();
+        let unfused = compile(&Request { without: all, ..request })?.plan.launches.len();
         let (layout, cost) = (&plan.layout, plan.cost());
         if self.json {
             print_json(&json!({
