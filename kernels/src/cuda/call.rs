@@ -124,6 +124,8 @@ pub enum Argument {
     Pointer(Tensor),
     /// A null pointer, for a tensor that is not there.
     Null,
+    /// `Rows<T>` of nothing, whose `data` is null.
+    NoRows,
     /// `int`
     I32(i32),
     /// `unsigned`
@@ -287,7 +289,7 @@ impl Call {
     pub fn rows_or_null(self, tensor: Option<Tensor>) -> Self {
         match tensor {
             Some(tensor) => self.rows(tensor),
-            None => self.arg(Argument::Null).arg(0i32).arg(0i32).arg(0i64),
+            None => self.arg(Argument::NoRows),
         }
     }
 

@@ -2,5 +2,10 @@
 //! `kernels/cuda/{family}.cu`.
 
 pub mod call;
+pub mod cross_entropy;
 pub mod layout;
+pub mod norm;
+pub mod optimizer;
+mod partials;
+pub mod rotary;
 pub mod source;

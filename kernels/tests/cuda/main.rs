@@ -1,0 +1,25 @@
+//! CUDA kernels on the emulation, launched as the device launches them, against golden numbers: forward and every
+//! gradient, in several thread orders, and once under sanitizers.
+
+mod emulation;
+#[path = "../golden/mod.rs"]
+mod golden;
+mod norms;
+mod optimizer;
+mod positions;
+mod sanitizers;
+mod traps;
+
+use emulation::{Memory, ORDERS, available, sanitized};
+
+/// Runs `test` in every thread order, if there is an emulation.
+fn in_all_orders(test: impl Fn(&Memory)) {
+    if !available() {
+        return;
+    }
+    // sanitizers find the same in any order
+    let orders = if sanitized() { &ORDERS[2..3] } else { &ORDERS[..] };
+    for &order in orders {
+        test(&Memory::new(order));
+    }
+}
