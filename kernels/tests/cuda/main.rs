@@ -8,6 +8,9 @@ mod norms;
 mod optimizer;
 mod positions;
 mod sanitizers;
+mod scans;
+mod sequences;
+mod time_mixing;
 mod traps;
 
 use emulation::{Memory, ORDERS, available, sanitized};
