@@ -157,6 +157,7 @@ fn train(registry: &Arc<Registry>, device: &Arc<dyn Device>, text: &str, set: &[
         options,
         objectives: vec![("loss".into(), Arc::new(CrossEntropy {}))],
         optimizer: Some(Arc::new(adamw)),
+        memory_budget: None,
         without: vec![],
     })?;
     check(&compiled.plan)?;

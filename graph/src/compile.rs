@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::check::check;
-use crate::components::{Objectives, OptimizerRef, Options};
+use crate::components::{MemoryBudget, Objectives, OptimizerRef, Options};
 use crate::diagnostic::Errors;
 use crate::format::model::ModelFile;
 use crate::format::number::Scope;
@@ -29,6 +29,8 @@ pub struct Request {
     pub objectives: Vec<(String, Arc<dyn Op>)>,
     /// What updates the parameters, if the model is trained.
     pub optimizer: Option<Arc<dyn Optimizer>>,
+    /// The most bytes that activations and gradients may take; what is cheap is recomputed until they fit.
+    pub memory_budget: Option<usize>,
     /// Systems to leave out.
     pub without: Vec<String>,
 }
@@ -55,6 +57,9 @@ pub fn compile(request: &Request) -> Result<Compiled, Errors> {
     if let Some(optimizer) = &request.optimizer {
         world.set_resource(OptimizerRef(optimizer.clone()));
     }
+    if let Some(bytes) = request.memory_budget {
+        world.set_resource(MemoryBudget(bytes));
+    }
     expand(&mut world)?;
     compile_world(world, &request.registry, &request.without)
 }
@@ -62,12 +67,10 @@ pub fn compile(request: &Request) -> Result<Compiled, Errors> {
 /// Runs the systems behind `expand` on a world that was built by hand.
 ///
 /// # Errors
-/// What the first failing system says.
+/// What the first failing system says. The checker looks at every plan; what it finds is a bug of a system.
 pub fn compile_world(mut world: World, registry: &Registry, without: &[String]) -> Result<Compiled, Errors> {
     registry.systems.run(&mut world, without)?;
     let plan = Plan::new(&world);
-    if cfg!(debug_assertions) {
-        check(&plan)?;
-    }
+    check(&plan)?;
     Ok(Compiled { world, plan })
 }

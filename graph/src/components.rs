@@ -74,6 +74,10 @@ pub struct Options {
     pub recurrent: Option<usize>,
 }
 
+/// Resource: the most bytes that activations and gradients may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryBudget(pub usize);
+
 /// Resource: the loss and other figures, each an op of (logits, targets) with a name. The first is the loss.
 #[derive(Clone, Default)]
 pub struct Objectives(pub Vec<(String, Arc<dyn Op>)>);

@@ -138,6 +138,26 @@ pub struct Merged {
     pub outputs: Vec<Of>,
 }
 
+/// An input or output of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Slot {
+    /// An input, parameters included.
+    Input(usize),
+    /// An output.
+    Output(usize),
+}
+
+/// A way to make some outputs of a node again from others.
+#[derive(Clone, Debug)]
+pub struct Recompute {
+    /// What makes them, with the same bits.
+    pub op: Arc<dyn Op>,
+    /// Its inputs, parameters included.
+    pub inputs: Vec<Slot>,
+    /// For each of its outputs, the number of the output that it is.
+    pub outputs: Vec<usize>,
+}
+
 impl dyn Op {
     /// The op as what it is, if it is a `T`.
     pub fn downcast<T: Op>(&self) -> Option<&T> {
@@ -242,6 +262,12 @@ pub trait Op: Any + fmt::Debug + Send + Sync + 'static {
     /// One op instead of this one and a neighbour, of which it is the producer or the consumer. Both are asked, the
     /// consumer first.
     fn merge(&self, _pair: &Pair<'_>) -> Option<Merged> {
+        None
+    }
+
+    /// A cheaper way than running the op once more to make outputs again from others, if there is one: the norm of a
+    /// sum, given the sum.
+    fn recompute(&self) -> Option<Recompute> {
         None
     }
 

@@ -12,6 +12,7 @@ use crate::op::{Cost, NodeView, Parameter};
 use crate::systems::allocate::{Layout, Located};
 use crate::systems::in_place::InPlace;
 use crate::systems::order::Order;
+use crate::systems::rematerialize::Rematerialized;
 use crate::systems::simplify::NoLaunch;
 use crate::types::TensorType;
 use crate::world::{NodeId, ValueId, World};
@@ -76,6 +77,8 @@ pub struct Plan {
     pub states: BTreeMap<String, Port>,
     /// All parameters, in the order of the model file.
     pub parameters: Vec<PlannedParameter>,
+    /// What recomputation bought, where there was a memory budget.
+    pub rematerialized: Option<Rematerialized>,
 }
 
 impl Plan {
@@ -120,6 +123,7 @@ impl Plan {
             inputs: ports(&world.resource::<Inputs>().cloned().unwrap_or_default().0),
             outputs: ports(&world.resource::<Outputs>().cloned().unwrap_or_default().0),
             states: ports(&world.resource::<States>().cloned().unwrap_or_default().0),
+            rematerialized: world.resource::<Rematerialized>().copied(),
             parameters: parameters
                 .into_iter()
                 .map(|value| PlannedParameter {

@@ -14,6 +14,10 @@ struct Step {
     optional: bool,
 }
 
+/// Resource: the systems that are left out.
+#[derive(Clone, Debug, Default)]
+pub struct Without(pub Vec<String>);
+
 /// Systems in the order in which they run.
 pub struct Schedule(Vec<Step>);
 
@@ -29,6 +33,7 @@ impl Default for Schedule {
             optional("merge_gradients", systems::merge::merge),
             optional("simplify", systems::simplify::simplify),
             optional("fuse", systems::fuse::fuse),
+            optional("rematerialize", systems::rematerialize::rematerialize),
             required("order", systems::order::order),
             optional("in_place", systems::in_place::in_place),
             required("allocate", systems::allocate::allocate),
@@ -37,10 +42,10 @@ impl Default for Schedule {
 }
 
 impl Schedule {
-    /// Adds an optional system behind the one named `after`, or before `order` if there is none of that name.
+    /// Adds an optional system behind the one named `after`, or before `rematerialize` if there is none of that name.
     pub fn insert_after(&mut self, after: &str, name: &'static str, run: System) {
         let at = self.0.iter().position(|s| s.name == after).map(|i| i + 1);
-        let at = at.or_else(|| self.0.iter().position(|s| s.name == "order")).unwrap_or(self.0.len());
+        let at = at.or_else(|| self.0.iter().position(|s| s.name == "rematerialize")).unwrap_or(self.0.len());
         self.0.insert(at, Step { name, run, optional: true });
     }
 
@@ -62,6 +67,7 @@ impl Schedule {
                     .into());
             }
         }
+        world.set_resource(Without(without.to_vec()));
         for step in self.0.iter().filter(|s| !without.iter().any(|w| w == s.name)) {
             (step.run)(world)?;
         }

@@ -63,6 +63,7 @@ fn sound() -> Plan {
         outputs: BTreeMap::from([("y".into(), port(y))]),
         states: BTreeMap::new(),
         parameters: vec![],
+        rematerialized: None,
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use dataflow_graph::format::number::{Flag, Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::Initializer;
-use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter};
+use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter, Recompute, Slot};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::norm::{self, Kind, Norm, Residual};
@@ -194,6 +194,11 @@ impl Op for SumNorm {
         g.set(0, made[0])?;
         (1..g.inputs()).try_for_each(|i| g.set(i, made[i - 1]))
     }
+    fn recompute(&self) -> Option<Recompute> {
+        let parameters = usize::from(self.0.weight) + usize::from(self.0.bias);
+        let inputs = std::iter::once(Slot::Output(1)).chain((2..2 + parameters).map(Slot::Input)).collect();
+        Some(Recompute { op: Arc::new(PlainNorm(self.0)), inputs, outputs: vec![0, 2] })
+    }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let Form { norm, weight, bias } = self.0;
         match target {
@@ -212,6 +217,28 @@ impl Op for SumNorm {
     }
     fn cost(&self, node: &NodeView<'_>) -> Cost {
         Cost { flops: 6.0 * node.outputs[0].elements() as f64, bytes: node.bytes() }
+    }
+}
+
+/// (x, weight?, bias?) to the norm of x and the statistics: what is left of [`SumNorm`] when the sum is there.
+#[derive(Clone, Debug)]
+struct PlainNorm(Form);
+
+impl Op for PlainNorm {
+    fn arity(&self) -> RangeInclusive<usize> {
+        1..=3
+    }
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        self.0.infer(&inputs[0])
+    }
+    fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        self.0.lower(target)
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        Cost { flops: 5.0 * node.outputs[0].elements() as f64, bytes: node.bytes() }
     }
 }
 

@@ -6,7 +6,7 @@ mod common;
 use std::fmt::Write;
 use std::sync::Arc;
 
-use common::compare::{BATCH, BLOCK, close, optional, request, train, without};
+use common::compare::{BATCH, BLOCK, budget, close, optional, request, smallest_budget, train, without};
 use dataflow_graph::diagnostic::Source;
 use dataflow_graph::format::model::ModelFile;
 use proptest::prelude::*;
@@ -118,6 +118,8 @@ fn compare(choices: &[Choice], micro_batches: usize) -> Result<(), TestCaseError
     let plain = train(&without(request.clone(), &optional()));
     let exact = train(&without(request.clone(), &["merge", "merge_gradients"]));
     let full = train(&request);
+    let small = train(&budget(&request, smallest_budget(&request)));
+    prop_assert!(full == small, "with everything recomputed:\n{}", text);
     prop_assert_eq!(&plain.0, &exact.0, "losses of\n{}", text);
     // a gradient may be all cancellation (of a factor before a norm), so the largest of all is the measure
     let gradients = plain.1.iter().filter(|t| t.0.ends_with(".gradient")).flat_map(|t| t.1);

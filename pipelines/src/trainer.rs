@@ -38,6 +38,8 @@ pub struct Setup {
     pub micro_batches: usize,
     /// Steps between lines of progress.
     pub log_every: u64,
+    /// The most bytes that activations and gradients of a step may take.
+    pub memory_budget: Option<usize>,
 }
 
 /// A model in training.
@@ -219,6 +221,7 @@ impl Setup {
             },
             objectives: objective.list(training),
             optimizer: training.then(|| self.optimized.optimizer(self.steps)),
+            memory_budget: self.memory_budget.filter(|_| training),
             without: Vec::new(),
         }
     }

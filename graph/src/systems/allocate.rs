@@ -16,7 +16,7 @@ use super::simplify::Alias;
 use crate::components::{Inputs, OpRef, Outputs, Parameters, Role, States};
 use crate::diagnostic::Errors;
 use crate::types::TensorType;
-use crate::world::{ValueId, World};
+use crate::world::{NodeId, ValueId, World};
 
 /// Offsets are multiples of this many bytes: a cache line, and the widest vector.
 pub const ALIGNMENT: usize = 64;
@@ -78,10 +78,10 @@ pub fn allocate(world: &mut World) -> Result<(), Errors> {
     fixed(world, Region::State, states.into_values().collect());
     fixed(world, Region::Io, inputs.into_values().chain(outputs.into_values()).collect());
 
-    let mut lives = lives(world);
+    let mut lives = lives(world, &world.resource::<Order>().expect("`order` ran").0);
     lives.retain(|life| !offsets.contains_key(&life.value));
     layout.sum_bytes = lives.iter().map(|l| l.bytes).sum();
-    layout.live_peak_bytes = live_peak(&lives);
+    layout.live_peak_bytes = live_peak(&lives).0;
     layout.bytes[0] = place(&mut lives);
     offsets.extend(lives.iter().map(|l| (l.value, (Region::Arena, l.offset))));
     layout.arena = lives;
@@ -99,7 +99,7 @@ pub fn allocate(world: &mut World) -> Result<(), Errors> {
     Ok(())
 }
 
-fn size_of(world: &World, value: ValueId) -> usize {
+pub(super) fn size_of(world: &World, value: ValueId) -> usize {
     world.expect::<TensorType>(value).bytes().next_multiple_of(ALIGNMENT).max(ALIGNMENT)
 }
 
@@ -127,9 +127,8 @@ pub(super) fn locate(world: &World, value: ValueId) -> (ValueId, usize, usize) {
     (root, column + alias.column, stride)
 }
 
-/// The values that own memory, with the launches between which they are alive.
-fn lives(world: &World) -> Vec<Placed> {
-    let order = &world.resource::<Order>().expect("`order` ran").0;
+/// The values that own memory, with the places in `order` between which they are alive.
+pub(super) fn lives(world: &World, order: &[NodeId]) -> Vec<Placed> {
     let mut lives: BTreeMap<ValueId, Placed> = BTreeMap::new();
     for (at, &node) in order.iter().enumerate() {
         for value in world.inputs(node).into_iter().chain(world.outputs(node)) {
@@ -145,22 +144,22 @@ fn lives(world: &World) -> Vec<Placed> {
     lives.into_values().collect()
 }
 
-fn live_peak(lives: &[Placed]) -> usize {
+/// The most bytes that are alive at once, and the first place in the order where they are.
+pub(super) fn live_peak(lives: &[Placed]) -> (usize, usize) {
     let end = lives.iter().map(|l| l.last + 2).max().unwrap_or(0);
     let mut change = vec![0isize; end];
     for life in lives {
         change[life.first] += life.bytes as isize;
         change[life.last + 1] -= life.bytes as isize;
     }
-    let mut live = 0;
-    change
-        .into_iter()
-        .map(|c| {
-            live += c;
-            live
-        })
-        .max()
-        .unwrap_or(0) as usize
+    let (mut live, mut peak) = (0, (0, 0));
+    for (at, change) in change.into_iter().enumerate() {
+        live += change;
+        if live > peak.0 {
+            peak = (live, at);
+        }
+    }
+    (peak.0 as usize, peak.1)
 }
 
 /// Gives every value an offset; returns the bytes of the arena.
@@ -210,6 +209,6 @@ mod tests {
                 assert!(apart || a.offset + a.bytes <= b.offset || b.offset + b.bytes <= a.offset, "{a:?} {b:?}");
             }
         }
-        assert_eq!((live_peak(&lives), total), (384, 384));
+        assert_eq!((live_peak(&lives).0, total), (384, 384));
     }
 }

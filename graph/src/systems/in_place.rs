@@ -66,6 +66,16 @@ pub fn in_place(world: &mut World) -> Result<(), Errors> {
     Ok(())
 }
 
+/// Takes back what [`in_place`] decided.
+pub(super) fn undo(world: &mut World) {
+    for node in world.nodes() {
+        for (output, _) in world.take::<InPlace>(node).map_or_else(Vec::new, |pairs| pairs.0) {
+            let output = world.outputs(node)[output];
+            world.take::<Alias>(output);
+        }
+    }
+}
+
 /// The root of a value and its columns there.
 fn columns(world: &World, value: ValueId) -> (ValueId, Range<usize>) {
     let (root, column, _) = locate(world, value);

@@ -43,6 +43,7 @@ pub fn request(model: ModelFile, set: &[(&str, i64)], sizes: (usize, usize), tra
         options: Options { batch: sizes.0, block: sizes.1, micro_batches: 1, seed: 1, training, recurrent: None },
         objectives: vec![("loss".into(), loss)],
         optimizer: training.then(|| Arc::new(optimizer) as _),
+        memory_budget: None,
         without: vec![],
     }
 }
@@ -103,4 +104,16 @@ pub fn without(mut request: Request, systems: &[&str]) -> Request {
 /// Every system that can be switched off.
 pub fn optional() -> Vec<&'static str> {
     registry().systems.optional().collect()
+}
+
+/// The smallest memory budget that can be met, which the error for one of 0 names.
+pub fn smallest_budget(request: &Request) -> usize {
+    let error = compile(&budget(request, 0)).err().expect("nothing fits into 0 bytes").to_string();
+    let number = error.split("the smallest that can is ").nth(1).unwrap_or_else(|| panic!("{error}"));
+    number.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
+}
+
+/// The same with a memory budget.
+pub fn budget(request: &Request, bytes: usize) -> Request {
+    Request { memory_budget: Some(bytes), ..request.clone() }
 }

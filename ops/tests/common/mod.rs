@@ -56,6 +56,7 @@ pub fn training(file: &Path, set: &[(&str, i64)], batch: usize, block: usize) ->
             decay: 0.1,
             clip: Some(1.0),
         })),
+        memory_budget: None,
         without: vec![],
     })
 }

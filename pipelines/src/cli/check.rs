@@ -109,6 +109,7 @@ fn check_model(registry: &Arc<Registry>, model: &Arc<ModelFile>, scope: Scope) -
         options: Options { batch: 1, block: block.max(1), micro_batches: 1, seed: 0, training: false, recurrent: None },
         objectives: Vec::new(),
         optimizer: None,
+        memory_budget: None,
         without: Vec::new(),
     };
     let plan = compile(&request)?.plan;

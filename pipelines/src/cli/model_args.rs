@@ -31,6 +31,9 @@ pub(super) struct ModelArgs {
     /// Leave a system of the compiler out; may be repeated
     #[arg(long, value_name = "SYSTEM")]
     pub(super) without: Vec<String>,
+    /// The most bytes that activations and gradients may take; what is cheap is computed again until they fit
+    #[arg(long, value_name = "BYTES")]
+    memory_budget: Option<usize>,
 }
 
 impl ModelArgs {
@@ -56,6 +59,7 @@ impl ModelArgs {
             },
             objectives: vec![("loss".into(), Arc::new(CrossEntropy {}))],
             optimizer: Some(Arc::new(adamw)),
+            memory_budget: self.memory_budget,
             without: self.without.clone(),
         })
     }

@@ -1,12 +1,14 @@
 //! `dataflow plan MODEL`
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use clap::Args;
 use dataflow_graph::compile::{Request, compile};
 use dataflow_graph::diagnostic::Errors;
 use dataflow_graph::plan::PlannedLaunch;
 use dataflow_graph::registry::Registry;
+use dataflow_graph::systems::rematerialize::Rematerialized;
 use dataflow_kernels::device::{Operand, Region};
 use serde_json::json;
 
@@ -25,9 +27,11 @@ pub(super) struct Plan {
 impl Plan {
     pub(super) fn run(self, registry: &Arc<Registry>) -> Result<(), Errors> {
         let request = self.model.training(registry)?;
+        let start = Instant::now();
         let plan = compile(&request)?.plan;
+        let seconds = start.elapsed().as_secs_f64();
         let all = registry.systems.optional().map(String::from).collect();
-        let unfused = compile(&Request { without: all, ..request })?.plan.launches.len();
+        let unfused = compile(&Request { without: all, memory_budget: None, ..request })?.plan.launches.len();
         let (layout, cost) = (&plan.layout, plan.cost());
         if self.json {
             print_json(&json!({
@@ -51,7 +55,8 @@ impl Plan {
              parameters        {} ({})\n\
              optimizer state   {}\n\
              arena             {}\n  largest live set {}\n  without reuse   {}\n\
-             work per step     {:.2} GFLOP, {:.2} GB\n",
+             work per step     {:.2} GFLOP, {:.2} GB\n\
+             compiled in       {seconds:.3} s\n",
             plan.launches.len(),
             thousands(plan.parameter_count()),
             mib(plan.bytes(Region::Parameters)),
@@ -62,6 +67,15 @@ impl Plan {
             cost.flops / 1e9,
             cost.bytes / 1e9,
         ));
+        if let Some(Rematerialized { launches, flops, arena_before }) = plan.rematerialized {
+            let saved = mib(arena_before - plan.bytes(Region::Arena));
+            print(&format!(
+                "recomputed        {launches} launches, {:.2} GFLOP ({:.1} %), which save {saved} of {}\n",
+                flops / 1e9,
+                100.0 * flops / cost.flops,
+                mib(arena_before),
+            ));
+        }
         Ok(())
     }
 }

@@ -17,6 +17,9 @@ pub struct Train {
     /// Batches whose gradients are averaged for an update.
     #[serde(default = "one")]
     micro_batches: Size,
+    /// The most bytes that activations and gradients of a step may take; what is cheap is recomputed until they fit.
+    #[serde(default)]
+    memory_budget: Option<Size>,
     /// Steps between lines of progress where the output is no terminal.
     #[serde(default = "hundred")]
     log_every: Size,
@@ -53,6 +56,7 @@ impl Stage for Train {
             steps: *self.steps as u64,
             micro_batches: *self.micro_batches,
             log_every: *self.log_every as u64,
+            memory_budget: self.memory_budget.map(|bytes| *bytes),
         };
         let trainer = Trainer::prepare(setup)?;
         // the folder is made once the model is known to be fine

@@ -150,6 +150,7 @@ impl<'a> Golden<'a> {
             options,
             objectives,
             optimizer,
+            memory_budget: None,
             without: Vec::new(),
         })?)
     }

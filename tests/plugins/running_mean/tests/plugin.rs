@@ -81,6 +81,7 @@ fn step(app: App, name: &str, text: &str, [batch, block]: [usize; 2]) -> Result<
         options: Options { batch, block, micro_batches: 1, seed: 1, training: true, recurrent: None },
         objectives: vec![("loss".into(), Arc::new(CrossEntropy {}))],
         optimizer: Some(Arc::new(ReadGradients)),
+        memory_budget: None,
         without: vec![],
     })
 }
