@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::components::{Name, OpRef, Phase, Place, Role, States};
+use crate::components::{GradientOf, Name, OpRef, Outputs, Parameters, Phase, Place, Role, States};
 use crate::op::{Op, OpError};
 use crate::types::TensorType;
 use crate::world::{NodeId, ValueId, World};
@@ -77,6 +77,19 @@ pub fn finish(world: &mut World, node: NodeId, op: &dyn Op) {
     if op.uses_step() {
         let tick = state(world, TICK, TensorType::i32([1]));
         world.push_input(node, tick);
+    }
+}
+
+/// Lets whoever reads `old` read `new`: nodes, the host, and the update of a parameter whose gradient it is.
+pub(crate) fn replace_everywhere(world: &mut World, old: ValueId, new: ValueId) {
+    world.replace_uses(old, new);
+    if let Some(outputs) = world.resource_mut::<Outputs>() {
+        outputs.0.values_mut().filter(|v| **v == old).for_each(|v| *v = new);
+    }
+    for parameter in world.resource::<Parameters>().cloned().unwrap_or_default().0 {
+        if world.get(parameter) == Some(&GradientOf(old)) {
+            world.set(parameter, GradientOf(new));
+        }
     }
 }
 

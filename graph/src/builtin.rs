@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 
 use dataflow_kernels::cpu::reduce;
 use dataflow_kernels::device::{Kernel, KernelError, Target};
-use dataflow_kernels::expression::{Argument, Program};
+use dataflow_kernels::expression::{Argument, Builder, Program, Register};
 
 use crate::elementwise::{self, Broadcast};
 use crate::gradient::Gradient;
@@ -21,6 +21,11 @@ pub struct Elementwise {
 }
 
 impl Elementwise {
+    /// One result, of the shape that the inputs broadcast to.
+    pub fn of(inputs: usize, form: impl FnOnce(&mut Builder, &[Register]) -> Register) -> Self {
+        Self { program: Program::new(inputs, |b, x| vec![form(b, x)]), shape: None }
+    }
+
     /// The op without the inputs that have no influence, and the numbers of those that stay.
     pub fn compact(program: Program, shape: Vec<usize>) -> (Self, Vec<usize>) {
         let used: Vec<usize> = (0..program.inputs()).filter(|&i| program.uses_input(i)).collect();

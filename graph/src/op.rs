@@ -15,6 +15,7 @@ use crate::components::Options;
 use crate::elementwise;
 use crate::gradient::Gradient;
 use crate::initializer::Initializer;
+use crate::systems::compound::Decomposition;
 use crate::types::TensorType;
 
 /// Why an op cannot be used as a row uses it. The compiler adds the row and its place.
@@ -263,6 +264,15 @@ pub trait Op: Any + fmt::Debug + Send + Sync + 'static {
     /// consumer first.
     fn merge(&self, _pair: &Pair<'_>) -> Option<Merged> {
         None
+    }
+
+    /// Writes the op as primitive ops, a step of its formula each, for programs that are compiled without `compound`;
+    /// `false` if it is primitive itself.
+    ///
+    /// # Errors
+    /// What a shape rule says.
+    fn decompose(&self, _: &mut Decomposition<'_>) -> Result<bool, OpError> {
+        Ok(false)
     }
 
     /// A cheaper way than running the op once more to make outputs again from others, if there is one: the norm of a

@@ -27,9 +27,12 @@ impl Default for Schedule {
         let optional = |name, run| Step { name, run, optional: true };
         Self(vec![
             required("infer", systems::infer::infer),
+            optional("compound", systems::compound::compound),
+            required("decompose", systems::compound::decompose),
             optional("merge", systems::merge::merge),
             required("differentiate", systems::differentiate::differentiate),
             required("update", systems::update::update),
+            required("decompose_update", systems::compound::decompose),
             optional("merge_gradients", systems::merge::merge),
             optional("simplify", systems::simplify::simplify),
             optional("fuse", systems::fuse::fuse),

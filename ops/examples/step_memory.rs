@@ -2,7 +2,8 @@
 //! at the Shakespeare configuration: `cargo run --release -p dataflow-ops --example step_memory`. Linux only.
 //!
 //! The peak of a process never falls, so each step runs in a process of its own: the program calls itself with
-//! a model and a T.
+//! a model, a T and a number of sequences. A last column has the whole peak of a process that makes three updates on 8
+//! sequences of 256 tokens.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -19,19 +20,20 @@ fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match &arguments[..] {
         [] => table(),
-        [name, block] => one_step(name, block.parse()?),
-        _ => Err("usage: step_memory [MODEL T]".into()),
+        [name, block, batch] => one_process(name, block.parse()?, batch.parse()?),
+        _ => Err("usage: step_memory [MODEL T B]".into()),
     }
 }
 
 /// Runs every case; prints megabytes of peak growth, and of the plan (arena, parameters, states) in parentheses.
 fn table() -> Result<(), Box<dyn Error>> {
     println!("peak growth of a training step in MB (planned), by T");
-    println!("{:9}{}", "", BLOCKS.map(|b| format!("{b:>20}")).concat());
+    println!("{:9}{}{:>20}", "", BLOCKS.map(|b| format!("{b:>20}")).concat(), "8 x 256, whole");
     for name in MODELS {
         let mut line = format!("{name:9}");
-        for block in BLOCKS {
-            let output = Command::new(std::env::current_exe()?).args([name, &block.to_string()]).output()?;
+        for (block, batch) in BLOCKS.map(|block| (block, 1)).into_iter().chain([(256, 8)]) {
+            let arguments = [name, &block.to_string(), &batch.to_string()];
+            let output = Command::new(std::env::current_exe()?).args(arguments).output()?;
             if !output.status.success() {
                 return Err(format!("{name}, T = {block}: {}", String::from_utf8_lossy(&output.stderr)).into());
             }
@@ -42,15 +44,20 @@ fn table() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn one_step(name: &str, block: usize) -> Result<(), Box<dyn Error>> {
+fn one_process(name: &str, block: usize, batch: usize) -> Result<(), Box<dyn Error>> {
     let mut set = SHAKESPEARE.to_vec();
     set.retain(|(name, _)| *name != "block");
     set.push(("block", block as i64));
-    let compiled = training(&model(name), &set, 1, block).map_err(|e| e.to_string())?;
+    let compiled = training(&model(name), &set, batch, block).map_err(|e| e.to_string())?;
     let planned: usize = Region::ALL.iter().map(|r| compiled.plan.bytes(*r)).sum();
     let before = peak()?;
-    learn(&compiled, 65, 1);
-    println!("{:.0} ({:.0})", (peak()? - before) / 1e6, planned as f64 / 1e6);
+    if batch > 1 {
+        learn(&compiled, 65, 3);
+        println!("{:.0}", peak()? / 1e6);
+    } else {
+        learn(&compiled, 65, 1);
+        println!("{:.0} ({:.0})", (peak()? - before) / 1e6, planned as f64 / 1e6);
+    }
     Ok(())
 }
 

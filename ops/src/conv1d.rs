@@ -2,11 +2,13 @@
 
 use std::ops::RangeInclusive;
 
+use dataflow_graph::builtin::Elementwise;
 use dataflow_graph::format::number::{Flag, Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::Initializer;
 use dataflow_graph::op::{Cost, NodeView, Op, OpError, Parameter, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
+use dataflow_graph::systems::compound::Decomposition;
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::conv1d::{self, Conv, MAX_TAPS};
 use dataflow_kernels::cpu::threads::with_scratch;
@@ -66,6 +68,16 @@ impl Op for CausalConv1d {
         inputs.extend(g.all_inputs());
         let made = g.emit(CausalConv1dGradient(self.clone()), &inputs)?;
         (0..g.inputs()).try_for_each(|i| g.set(i, made[i]))
+    }
+    fn decompose(&self, d: &mut Decomposition<'_>) -> Result<bool, OpError> {
+        if self.activation == Activation::Identity {
+            return Ok(false);
+        }
+        let inputs = d.inputs().to_vec();
+        let sums = d.emit(Self { activation: Activation::Identity, ..self.clone() }, &inputs)?;
+        let y = d.emit(Elementwise::of(1, |b, x| self.activation.write(b, x[0])), &[sums])?;
+        d.set(0, y);
+        Ok(true)
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (_, time, _) = sizes(&node.inputs[0])?;

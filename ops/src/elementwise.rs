@@ -3,10 +3,12 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
+use dataflow_graph::builtin::Elementwise;
 use dataflow_graph::format::number::Real;
 use dataflow_graph::initializer::fnv;
 use dataflow_graph::op::{Op, OpError};
 use dataflow_graph::registry::{Info, Registry};
+use dataflow_graph::systems::compound::Decomposition;
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::expression::{Builder, Program, Register};
 use serde::{Deserialize, Serialize};
@@ -161,6 +163,16 @@ impl Op for Gate {
             let gate = self.activation.write(b, x[1]);
             vec![b.mul(x[0], gate)]
         }))
+    }
+    fn decompose(&self, d: &mut Decomposition<'_>) -> Result<bool, OpError> {
+        if self.activation == Activation::Identity {
+            return Ok(false);
+        }
+        let &[x, z] = d.inputs() else { return Ok(false) };
+        let gate = d.emit(Elementwise::of(1, |b, x| self.activation.write(b, x[0])), &[z])?;
+        let y = d.emit(Mul {}, &[x, gate])?;
+        d.set(0, y);
+        Ok(true)
     }
     fn strided(&self) -> bool {
         true

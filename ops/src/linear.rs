@@ -3,12 +3,13 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use dataflow_graph::builtin::SumTo;
+use dataflow_graph::builtin::{SumTo, sum};
 use dataflow_graph::format::number::{Flag, Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::Initializer;
 use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter};
 use dataflow_graph::registry::{Info, Registry};
+use dataflow_graph::systems::compound::Decomposition;
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::Rows;
 use dataflow_kernels::cpu::matmul::{Init, Mat, matmul, matmul_on_this_thread};
@@ -73,6 +74,13 @@ impl Op for Linear {
             g.set(2, db)?;
         }
         Ok(())
+    }
+    fn decompose(&self, d: &mut Decomposition<'_>) -> Result<bool, OpError> {
+        let &[x, weight, bias] = d.inputs() else { return Ok(false) };
+        let product = d.emit(Self { bias: Flag(false), ..self.clone() }, &[x, weight])?;
+        let y = d.emit(sum(2), &[product, bias])?;
+        d.set(0, y);
+        Ok(true)
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let bias = node.inputs.len() > 2;

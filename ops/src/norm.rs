@@ -3,11 +3,13 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
+use dataflow_graph::builtin::{Elementwise, SumTo};
 use dataflow_graph::format::number::{Flag, Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::Initializer;
 use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter, Recompute, Slot};
 use dataflow_graph::registry::{Info, Registry};
+use dataflow_graph::systems::compound::Decomposition;
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::norm::{self, Kind, Norm, Residual};
 use dataflow_kernels::device::{Kernel, Target};
@@ -99,6 +101,38 @@ impl Form {
         inputs.extend((1..pair.consumer_inputs.len()).map(Of::Consumer));
         Some(Merged { op: Arc::new(SumNorm(*self)), inputs, outputs: vec![Of::Consumer(0), Of::Producer(0)] })
     }
+    /// The formula, step by step. Groups are parts of a row, which only the kernel knows.
+    fn decompose(&self, d: &mut Decomposition<'_>) -> Result<bool, OpError> {
+        if self.norm.groups != 1 {
+            return Ok(false);
+        }
+        let (mut x, eps) = (d.inputs()[0], self.norm.eps);
+        let parameters = d.inputs()[1..].to_vec();
+        let (column, share) = (d.type_of(x).with_cols(1).shape, 1.0 / d.type_of(x).cols() as f32);
+        if self.norm.kind == Kind::Layer {
+            let sum = d.emit(SumTo { shape: column.clone() }, &[x])?;
+            let mean = d.emit(Elementwise::of(1, |b, x| b.scale(x[0], share)), &[sum])?;
+            x = d.emit(Elementwise::of(2, |b, x| b.sub(x[0], x[1])), &[x, mean])?;
+        }
+        let squares = d.emit(Elementwise::of(1, |b, x| b.square(x[0])), &[x])?;
+        let sum = d.emit(SumTo { shape: column }, &[squares])?;
+        let root = Elementwise::of(1, |b, x| {
+            let mean = b.scale(x[0], share);
+            let mean = b.offset(mean, eps);
+            b.rsqrt(mean)
+        });
+        let root = d.emit(root, &[sum])?;
+        let mut y = d.emit(Elementwise::of(2, |b, x| b.mul(x[0], x[1])), &[x, root])?;
+        let mut parameters = parameters.into_iter();
+        if self.weight {
+            y = d.emit(Elementwise::of(2, |b, x| b.mul(x[0], x[1])), &[y, parameters.next().expect("a weight")])?;
+        }
+        if self.bias {
+            y = d.emit(Elementwise::of(2, |b, x| b.add(x[0], x[1])), &[y, parameters.next().expect("a bias")])?;
+        }
+        d.set(0, y);
+        Ok(true)
+    }
     fn lower(&self, target: Target) -> Result<Kernel, OpError> {
         let Form { norm, weight, bias } = *self;
         match target {
@@ -132,6 +166,9 @@ macro_rules! norm_op {
             }
             fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
                 self.form().lower(target)
+            }
+            fn decompose(&self, d: &mut Decomposition<'_>) -> Result<bool, OpError> {
+                self.form().decompose(d)
             }
             fn merge(&self, pair: &Pair<'_>) -> Option<Merged> {
                 self.form().merge(pair)

@@ -4,12 +4,16 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use dataflow_graph::build::STEP;
+use dataflow_graph::builtin::{Elementwise, SumTo, sum};
 use dataflow_graph::op::{Cost, NodeView, Op, OpError};
 use dataflow_graph::optimizer::{Optimizer, Update};
+use dataflow_graph::systems::compound::Decomposition;
 use dataflow_graph::types::TensorType;
+use dataflow_kernels::cpu::interpreter::MAX_INPUTS;
 use dataflow_kernels::cpu::optimizer::{self, clip_coefficient};
 use dataflow_kernels::cpu::reduce::sum_of_squares;
 use dataflow_kernels::device::{Kernel, Target};
+use dataflow_kernels::expression::{Builder, Program, Register};
 
 /// The learning rate as a function of the number of updates made before, counted from 0.
 #[derive(Clone, Debug, PartialEq)]
@@ -117,6 +121,21 @@ impl Op for GlobalNorm {
     fn infer(&self, _: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
         Ok(vec![TensorType::f32([])])
     }
+    fn decompose(&self, d: &mut Decomposition<'_>) -> Result<bool, OpError> {
+        let mut sums = Vec::new();
+        for tensor in d.inputs().to_vec() {
+            let squares = d.emit(Elementwise::of(1, |b, x| b.square(x[0])), &[tensor])?;
+            sums.push(d.emit(SumTo { shape: vec![] }, &[squares])?);
+        }
+        while sums.len() > 1 {
+            let parts = sums.chunks(MAX_INPUTS);
+            sums = parts.map(|part| d.emit(sum(part.len()), part)).collect::<Result<_, _>>()?;
+        }
+        let Some(&total) = sums.first() else { return Ok(false) };
+        let norm = d.emit(Elementwise::of(1, |b, x| b.sqrt(x[0])), &[total])?;
+        d.set(0, norm);
+        Ok(true)
+    }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
             Target::Cuda => Err(OpError::no_kernel(target)),
@@ -148,6 +167,65 @@ impl Op for AdamWUpdate {
     fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
         Ok(inputs[3..].chunks(4).flat_map(|p| [p[0].clone(), p[2].clone(), p[3].clone()]).collect())
     }
+    /// A launch for each tensor and line of the formula.
+    fn decompose(&self, d: &mut Decomposition<'_>) -> Result<bool, OpError> {
+        let AdamW { betas, eps, decay, clip, .. } = self.settings;
+        let (step, lr, norm) = (d.inputs()[0], d.inputs()[1], d.inputs()[2]);
+        let corrections = [betas.0, betas.1].map(|beta| d.emit(BiasCorrection(beta), &[step]));
+        let [first, second] = corrections;
+        let (first, second) = (first?, second?);
+        let clip = clip.map(|max| {
+            let coefficient = Elementwise::of(1, |b, x| {
+                let norm = b.offset(x[0], 1e-6);
+                let (max, one) = (b.constant(max as f32), b.constant(1.0));
+                let coefficient = b.div(max, norm);
+                b.min(coefficient, one)
+            });
+            d.emit(coefficient, &[norm])
+        });
+        let clip = clip.transpose()?;
+        let tensors = d.inputs()[3..].to_vec();
+        for (tensor, decays) in tensors.chunks_exact(4).zip(&self.decays) {
+            let &[mut parameter, mut gradient, mut m, mut v] = tensor else { unreachable!("chunks of four") };
+            if let Some(clip) = clip {
+                gradient = d.emit(Elementwise::of(2, |b, x| b.mul(x[0], x[1])), &[gradient, clip])?;
+            }
+            if *decays && decay != 0.0 {
+                let shrink = Advance::of(2, |b, x| {
+                    let share = b.scale(x[1], decay as f32);
+                    let rest = b.one_minus(share);
+                    b.mul(x[0], rest)
+                });
+                parameter = d.emit(shrink, &[parameter, lr])?;
+            }
+            let average = |beta: f64| {
+                move |b: &mut Builder, old: Register, new: Register| {
+                    let (old, new) = (b.scale(old, beta as f32), b.scale(new, (1.0 - beta) as f32));
+                    b.add(old, new)
+                }
+            };
+            m = d.emit(Advance::of(2, |b, x| average(betas.0)(b, x[0], x[1])), &[m, gradient])?;
+            let square = |b: &mut Builder, x: &[Register]| {
+                let square = b.square(x[1]);
+                average(betas.1)(b, x[0], square)
+            };
+            v = d.emit(Advance::of(2, square), &[v, gradient])?;
+            let size = Elementwise::of(2, |b, x| {
+                let mean = b.div(x[0], x[1]);
+                let root = b.sqrt(mean);
+                b.offset(root, eps as f32)
+            });
+            let size = d.emit(size, &[v, second])?;
+            let step = Advance::of(5, |b, x| {
+                let rate = b.div(x[3], x[4]);
+                let step = b.div(x[1], x[2]);
+                let step = b.mul(rate, step);
+                b.sub(x[0], step)
+            });
+            d.emit(step, &[parameter, m, size, lr, first])?;
+        }
+        Ok(true)
+    }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let Self { settings, decays } = self.clone();
         match target {
@@ -175,6 +253,52 @@ impl Op for AdamWUpdate {
     fn cost(&self, node: &NodeView<'_>) -> Cost {
         let elements: usize = node.outputs.iter().map(TensorType::elements).sum();
         Cost { flops: 4.0 * elements as f64, bytes: node.bytes() }
+    }
+}
+
+/// `1 - beta^n` for update number n, counted from 1, given the number of updates before.
+#[derive(Clone, Debug)]
+struct BiasCorrection(f64);
+
+impl Op for BiasCorrection {
+    fn infer(&self, _: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        Ok(vec![TensorType::f32([])])
+    }
+    fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let beta = self.0;
+        match target {
+            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                let updates = f64::from(a.slice::<i32>(0)[0]) + 1.0;
+                a.slice_mut(0)[0] = (1.0 - beta.powf(updates)) as f32;
+                Ok(())
+            })),
+        }
+    }
+}
+
+/// An expression that replaces its first input.
+#[derive(Clone, Debug)]
+struct Advance(Elementwise);
+
+impl Advance {
+    fn of(inputs: usize, form: impl FnOnce(&mut Builder, &[Register]) -> Register) -> Self {
+        Self(Elementwise::of(inputs, form))
+    }
+}
+
+impl Op for Advance {
+    fn arity(&self) -> RangeInclusive<usize> {
+        self.0.arity()
+    }
+    fn expression(&self, inputs: usize) -> Option<Program> {
+        self.0.expression(inputs)
+    }
+    fn updates(&self) -> Vec<(usize, usize)> {
+        vec![(0, 0)]
+    }
+    fn strided(&self) -> bool {
+        true
     }
 }
 

@@ -50,8 +50,8 @@ fn models_train_alike_with_and_without_the_systems() {
 fn systems_that_reorder_no_sum_change_no_bit() {
     for file in models() {
         let request = small(&file, true);
-        // `merge` adds gradients inside of products, in another order
-        let base = train(&without(request.clone(), &["merge", "merge_gradients"]));
+        // whole ops and `merge` add gradients inside of products, in another order
+        let base = train(&without(request.clone(), &["compound", "merge", "merge_gradients"]));
         let plain = train(&without(request, &optional()));
         assert_eq!(plain.0, base.0, "{file:?}: losses");
         for (name, value) in &plain.1 {
@@ -94,7 +94,8 @@ fn plans_are_small() {
             before.bytes[0] as f64 / 1e6,
         );
         assert!(layout.bytes[0] as f64 <= 1.05 * layout.live_peak_bytes as f64, "{file:?}: {layout:?}");
-        assert!(full.plan.launches.len() < plain.plan.launches.len());
+        let (launches, unfused) = (full.plan.launches.len(), plain.plan.launches.len());
+        assert!(3 * launches <= unfused, "{file:?}: {launches} of {unfused}");
         assert!(layout.bytes[0] < before.bytes[0], "{file:?}");
     }
 }
@@ -127,7 +128,7 @@ fn dropout_draws_the_same_masks() {
         request.scope = model.config(&set).unwrap_or_else(|e| panic!("{e}"));
         request.options.micro_batches = 2;
         let plain = train(&without(request.clone(), &optional()));
-        let exact = train(&without(request.clone(), &["merge", "merge_gradients"]));
+        let exact = train(&without(request.clone(), &["compound", "merge", "merge_gradients"]));
         let full = train(&request);
         assert!(plain == exact, "{name}");
         close(name, &plain.0, &full.0, 1e-5);

@@ -2,6 +2,7 @@
 //! writes. [`Schedule`](crate::schedule::Schedule) lists them in order.
 
 pub mod allocate;
+pub mod compound;
 mod contract;
 pub mod differentiate;
 pub mod expand;

@@ -72,11 +72,14 @@ pub fn rematerialize(world: &mut World) -> Result<(), Errors> {
             .help("the budget is for activations and gradients; a smaller batch or shorter sequences need less")
             .into());
         }
+        let order = world.resource::<Order>().cloned().expect("`lay_out` ran");
         search.apply(world, &group);
         let smaller = lay_out(world)?;
         if smaller.bytes[0] >= layout.bytes[0] {
             search.undo(world, group.len());
             search.refused.extend(group.iter().map(|c| (c.node, c.part)));
+            mark_unread(world);
+            world.set_resource(order);
             continue;
         }
         if smaller.bytes[0] > budget {
@@ -123,13 +126,14 @@ fn lay_out(world: &mut World) -> Result<Layout, Errors> {
 
 /// Marks nodes whose results nobody reads since they are made again later, and their views.
 fn mark_unread(world: &mut World) {
+    for node in world.nodes() {
+        world.take::<Unread>(node);
+    }
     for node in world.nodes().into_iter().rev() {
         let copied = world.outputs(node).iter().any(|v| world.get::<Copied>(*v).is_some());
         let unread = |v: &ValueId| users(world, *v).is_empty() && !is_output(world, *v);
         if copied && world.outputs(node).iter().all(unread) {
             world.set(node, Unread);
-        } else {
-            world.take::<Unread>(node);
         }
     }
 }
@@ -249,13 +253,12 @@ impl Search {
             }
         };
         let mut readers = HashSet::new();
-        let (mut saved, mut first) = (0, usize::MAX);
+        let mut saved = 0;
         for &value in &outputs {
             let users = users(world, value);
             let late = users.iter().filter(|n| s.place[n] > s.peak);
             let busy = users.iter().any(|n| s.place[n] == s.peak);
-            first = late.clone().map(|n| s.place[n]).min().unwrap_or(usize::MAX).min(first);
-            if late.clone().next().is_some() && !busy {
+            if late.clone().count() > 0 && !busy {
                 saved += size_of(world, value);
             }
             readers.extend(late);
@@ -415,13 +418,14 @@ fn add_copy(
     (copy, values)
 }
 
-/// The launches that read a value or a view of it.
+/// The launches that read a value or a view of it, but for those that are not needed.
 fn users(world: &World, value: ValueId) -> Vec<NodeId> {
     let mut all = Vec::new();
     for (node, _) in world.consumers(value) {
         match world.get::<NoLaunch>(node) {
             Some(_) => all.extend(world.outputs(node).into_iter().flat_map(|v| users(world, v))),
-            None => all.push(node),
+            None if world.get::<Unread>(node).is_none() => all.push(node),
+            None => {}
         }
     }
     all

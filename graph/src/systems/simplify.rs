@@ -8,9 +8,9 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use crate::build::add_op;
+use crate::build::{add_op, replace_everywhere};
 use crate::builtin::Copy;
-use crate::components::{GradientOf, Name, OpRef, Outputs, Parameters, Phase, Role};
+use crate::components::{Name, OpRef, Outputs, Phase, Role};
 use crate::diagnostic::{Diagnostic, Errors};
 use crate::op::{OpError, View};
 use crate::types::TensorType;
@@ -67,12 +67,7 @@ fn remove_identities(world: &mut World) {
             && !is_updated(world, *input);
         if nothing {
             let (old, new) = (*output, *input);
-            world.replace_uses(old, new);
-            for parameter in world.resource::<Parameters>().cloned().unwrap_or_default().0 {
-                if world.get(parameter) == Some(&GradientOf(old)) {
-                    world.set(parameter, GradientOf(new));
-                }
-            }
+            replace_everywhere(world, old, new);
             world.remove_node(node);
         }
     }
@@ -94,15 +89,7 @@ fn merge_equal(world: &mut World) {
             continue;
         };
         for (old, new) in world.outputs(node).into_iter().zip(world.outputs(first)) {
-            world.replace_uses(old, new);
-            if let Some(outputs) = world.resource_mut::<Outputs>() {
-                outputs.0.values_mut().filter(|v| **v == old).for_each(|v| *v = new);
-            }
-            for parameter in world.resource::<Parameters>().cloned().unwrap_or_default().0 {
-                if world.get(parameter) == Some(&GradientOf(old)) {
-                    world.set(parameter, GradientOf(new));
-                }
-            }
+            replace_everywhere(world, old, new);
         }
         world.remove_node(node);
     }
