@@ -9,7 +9,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use dataflow_kernels::device::{Kernel, Target};
-use dataflow_kernels::expression::Program;
+use dataflow_kernels::expression::{Instruction, Program};
 
 use crate::components::Options;
 use crate::elementwise;
@@ -74,7 +74,7 @@ pub enum View {
 /// Work of one launch.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cost {
-    /// Floating-point operations; a multiply-add counts two.
+    /// Floating-point operations; a multiply-add counts two, a function such as `exp` one.
     pub flops: f64,
     /// Bytes read and written, each tensor once.
     pub bytes: f64,
@@ -297,7 +297,9 @@ pub trait Op: Any + fmt::Debug + Send + Sync + 'static {
 
     /// The work of one launch.
     fn cost(&self, node: &NodeView<'_>) -> Cost {
-        let per_element = self.expression(node.inputs.len()).map_or(0.0, |p| p.flops() as f64);
+        let works = |i: &&Instruction| !matches!(i, Instruction::Input(_) | Instruction::Constant(_));
+        let count = |p: Program| p.instructions().iter().filter(works).count() as f64;
+        let per_element = self.expression(node.inputs.len()).map_or(0.0, count);
         let elements = node.outputs.first().map_or(0, TensorType::elements) as f64;
         Cost { flops: per_element * elements, bytes: node.bytes() }
     }

@@ -232,7 +232,7 @@ impl Op for SelectiveScan {
         true
     }
     fn cost(&self, node: &NodeView<'_>) -> Cost {
-        work(node, dims(&node.inputs[0], &node.inputs[2]), 6.0 + 12.0)
+        work(node, dims(&node.inputs[0], &node.inputs[2]), 7.0)
     }
 }
 
@@ -277,7 +277,7 @@ impl Op for SelectiveScanGradient {
         true
     }
     fn cost(&self, node: &NodeView<'_>) -> Cost {
-        work(node, dims(&node.inputs[0], &node.inputs[2]), 18.0 + 24.0)
+        work(node, dims(&node.inputs[0], &node.inputs[2]), 20.0)
     }
 }
 
