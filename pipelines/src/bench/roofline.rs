@@ -68,6 +68,7 @@ fn best(
         options: Options { batch: 1, block: rows, micro_batches: 1, seed: 0, training: false, recurrent: None },
         objectives: Vec::new(),
         optimizer: None,
+        memory_budget: None,
         without: registry.systems.optional().map(String::from).collect(),
     })?;
     let mut session = Session::new(device.clone(), &compiled, None)?;
