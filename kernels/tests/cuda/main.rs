@@ -10,6 +10,7 @@ mod positions;
 mod sanitizers;
 mod scans;
 mod sequences;
+mod states;
 mod time_mixing;
 mod traps;
 
