@@ -253,7 +253,7 @@ fn stage_inputs_of_the_wrong_kind() {
     pipeline(
         r#"Windows(batch: 4, block: 16), ["tokens"]"#,
         "Windows(batch: 4, block: 16), []",
-        "error: p.ron:7:21: row `batches`: `Windows` takes tokens (Chars), but the row gives nothing\n",
+        "error: p.ron:7:21: row `batches`: `Windows` takes tokens (Chars, Tokenize, TokenFiles), but the row gives nothing\n",
     );
 }
 

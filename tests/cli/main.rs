@@ -5,6 +5,7 @@ mod bad_data;
 mod bad_files;
 mod bad_settings;
 mod commands;
+mod documents;
 mod formats;
 mod runs;
 

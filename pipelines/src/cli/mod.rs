@@ -57,6 +57,12 @@ struct DeviceArgs {
 }
 
 impl DeviceArgs {
+    /// The threads of the processor that may be used.
+    fn threads(&self) -> usize {
+        let all = || std::thread::available_parallelism().map_or(1, usize::from);
+        self.threads.map_or_else(all, usize::from)
+    }
+
     fn open(&self) -> Result<Arc<dyn Device>, Errors> {
         match self.device.as_str() {
             "cpu" => {

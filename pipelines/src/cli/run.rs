@@ -38,6 +38,7 @@ impl Run {
         let mut run = stages::Run {
             registry: registry.clone(),
             device,
+            threads: self.device.threads(),
             seed: file.seed,
             pipeline: self.pipeline,
             cache: PathBuf::from("data"),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::layout::{Files, Layout};
 use super::text::Text;
 use super::token_file::{Description, TokenFile, TokenFileError, TokenSplits, Tokenizer};
 
@@ -101,11 +102,11 @@ impl Chars {
     }
 
     /// A table from code points to tokens, for texts whose characters are all in the vocabulary.
-    fn table(&self) -> Vec<u16> {
+    fn table(&self) -> Vec<u32> {
         let largest = self.symbols.last().map_or(0, |&c| c as usize);
         let mut table = vec![0; largest + 1];
         for (token, &symbol) in self.symbols.iter().enumerate() {
-            table[symbol as usize] = token as u16;
+            table[symbol as usize] = token as u32;
         }
         table
     }
@@ -147,14 +148,12 @@ pub fn prepare(text: &Text, validation: f64, cache: &Path) -> Result<TokenSplits
     }
     let symbols = Chars::of(&text.text);
     let vocabulary = symbols.vocabulary();
-    if vocabulary > 1 << 16 {
-        return Err(TokenFileError::VocabularyTooLarge(vocabulary).into());
-    }
+    let layout = Layout::new(Files::Raw, vocabulary);
     let table = symbols.table();
     let create = |path: &Path, tokens: usize, skip: usize| {
         let tokenizer = Tokenizer::Chars { symbols: symbols.clone() };
         let source_sha256 = Some(text.sha256.clone());
-        let description = Description { tokens, vocabulary, tokenizer, source_sha256 };
+        let description = Description { tokens, vocabulary, tokenizer, source_sha256, layout, preparation: None };
         let numbers = text.text.chars().skip(skip).take(tokens).map(|c| table[c as usize]);
         TokenFile::create(path, description, numbers).map(Arc::new)
     };

@@ -3,12 +3,16 @@
 pub mod archive;
 pub mod batch;
 pub mod chars;
+pub mod documents;
 pub mod download;
+pub mod layout;
 pub mod prefetch;
+pub mod prepare;
 pub mod recall;
 mod streams;
 pub mod text;
 pub mod token_file;
+pub mod tokenizer;
 pub mod whole_windows;
 pub mod windows;
 

@@ -5,6 +5,7 @@
 
 pub mod batches;
 pub mod checkpoint;
+pub mod documents;
 pub mod evaluate;
 pub mod model;
 pub mod optimizer;
@@ -29,6 +30,8 @@ use crate::trainer::Trainer;
 pub enum Product {
     /// A text.
     Text(Arc<Text>),
+    /// A corpus.
+    Documents(Arc<documents::Documents>),
     /// The token files of a text.
     Tokens(TokenSplits),
     /// Where batches come from.
@@ -50,6 +53,8 @@ pub enum Product {
 pub enum Kind {
     /// See [`Product::Text`].
     Text,
+    /// See [`Product::Documents`].
+    Documents,
     /// See [`Product::Tokens`].
     Tokens,
     /// See [`Product::Batches`].
@@ -70,7 +75,8 @@ impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Kind::Text => "a text (Text)",
-            Kind::Tokens => "tokens (Chars)",
+            Kind::Documents => "documents (Documents)",
+            Kind::Tokens => "tokens (Chars, Tokenize, TokenFiles)",
             Kind::Batches => "batches (Windows, Recall)",
             Kind::Model => "a model (Model)",
             Kind::Loss => "a loss (CrossEntropy)",
@@ -105,6 +111,8 @@ pub struct Run {
     pub registry: Arc<Registry>,
     /// What runs the model.
     pub device: Arc<dyn Device>,
+    /// Threads for the preparation of data.
+    pub threads: usize,
     /// The seed of the pipeline.
     pub seed: u64,
     /// The pipeline file, relative to which model files are looked for too.
@@ -200,6 +208,7 @@ pub struct BuiltinStages;
 impl Plugin for BuiltinStages {
     fn build(&self, registry: &mut Registry) {
         text::register(registry);
+        documents::register(registry);
         batches::register(registry);
         model::register(registry);
         optimizer::register(registry);
