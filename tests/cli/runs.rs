@@ -157,3 +157,50 @@ fn runs_are_numbered() {
     assert!(second.ends_with("run folder: runs/pipe-002\n"), "{second}");
     assert_eq!(figures(&folder, "runs/pipe-001"), figures(&folder, "runs/pipe-002"));
 }
+
+/// A memory budget changes no number of a run; one that cannot be met is an error that names the smallest.
+#[test]
+fn a_memory_budget_changes_no_number() {
+    let folder = Folder::with_pipeline();
+    let file = format!("model.file={}", repository("models/longhorn.ron"));
+    let run = |out: &str, budget: &str| {
+        let budget = format!("train.memory_budget={budget}");
+        let mut arguments = vec!["run", "pipe.ron", "--out", out, "--set", &file, "--set", &budget];
+        for setting in ["model.config.d_model=32", "model.config.n_layer=3", "model.config.n_head=2"] {
+            arguments.extend(["--set", setting]);
+        }
+        folder.dataflow(&arguments)
+    };
+    let message = run("none", "1000").err;
+    assert!(message.contains("a memory budget of 1000 bytes cannot be met"), "{message}");
+    let smallest = message.split("the smallest that can is ").nth(1).expect("a number").lines().next().unwrap();
+    for (out, budget) in [("large", "1000000000"), ("small", smallest)] {
+        let ran = run(out, budget);
+        assert_eq!(ran.code, Some(0), "{}", ran.err);
+    }
+    assert_eq!(figures(&folder, "large"), figures(&folder, "small"));
+    assert!(weights(&folder, "large", "last") == weights(&folder, "small", "last"));
+}
+
+/// The plan of one model, without and with a budget.
+#[test]
+fn a_plan_fits_its_memory_budget() {
+    let folder = Folder::with_pipeline();
+    let file = repository("models/llama.ron");
+    let plan = |more: &[&str]| {
+        let mut arguments = vec!["plan", &file, "--batch", "2", "--block", "64", "--set", "d_model=32"];
+        arguments.extend(["--set", "n_layer=4", "--set", "n_head=2", "--set", "vocab=65"]);
+        arguments.extend(more);
+        folder.succeeds(&arguments)
+    };
+    let json = |more: &[&str]| serde_json::from_str::<Value>(&plan(&[&["--json"], more].concat())).unwrap();
+    let full = json(&[]);
+    let bytes = full["arena_bytes"].as_u64().unwrap() * 7 / 10;
+    let budget = bytes.to_string();
+    let tight = json(&["--memory-budget", &budget]);
+    assert!(tight["arena_bytes"].as_u64().unwrap() <= bytes, "{tight}");
+    assert!(tight["flops_per_step"].as_f64() > full["flops_per_step"].as_f64());
+    assert_eq!(tight["launches_unfused"], full["launches_unfused"]);
+    let text = plan(&["--memory-budget", &budget]);
+    assert!(text.contains("\nrecomputed  ") && text.contains(".recomputed  "), "{text}");
+}
