@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
+use dataflow_kernels::device::Region;
+
 use crate::check::check;
 use crate::components::{MemoryBudget, Objectives, OptimizerRef, Options};
-use crate::diagnostic::Errors;
+use crate::diagnostic::{Diagnostic, Errors};
 use crate::format::model::ModelFile;
 use crate::format::number::Scope;
 use crate::op::Op;
@@ -72,5 +74,11 @@ pub fn compile_world(mut world: World, registry: &Registry, without: &[String]) 
     registry.systems.run(&mut world, without)?;
     let plan = Plan::new(&world);
     check(&plan)?;
+    let (bytes, budget) = (plan.bytes(Region::Arena), world.resource::<MemoryBudget>());
+    if let Some(MemoryBudget(budget)) = budget.filter(|budget| bytes > budget.0) {
+        return Err(Diagnostic::new(format!("the plan takes {bytes} bytes, more than the memory budget of {budget}"))
+            .help("only the system `rematerialize` can change that: do not leave it out")
+            .into());
+    }
     Ok(Compiled { world, plan })
 }

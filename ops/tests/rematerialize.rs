@@ -80,3 +80,14 @@ fn a_budget_that_cannot_be_met_names_the_smallest() {
         assert!(error.contains(part), "{part} is not in: {error}");
     }
 }
+
+/// A budget is never passed over in silence.
+#[test]
+fn a_budget_without_recomputation_is_an_error() {
+    let request = small("mamba");
+    let arena = compiled(&request).plan.bytes(Region::Arena);
+    let without = |bytes| compile(&common::compare::without(budget(&request, bytes), &["rematerialize"]));
+    assert!(without(arena).is_ok());
+    let error = without(arena - 1).err().expect("an error").to_string();
+    assert!(error.contains(&format!("the plan takes {arena} bytes, more than the memory budget")), "{error}");
+}

@@ -179,3 +179,45 @@ impl Sinking {
         order.into_iter().map(|at| self.base[at]).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::build::{add_op, add_source};
+    use crate::builtin::{Elementwise, SumTo, sum};
+    use crate::components::Outputs;
+    use crate::types::TensorType;
+
+    /// `wide` is made first and read last; a chain of `others` takes memory meanwhile.
+    fn waiting(shape: &[usize], others: usize) -> Vec<String> {
+        let mut world = World::new();
+        let x = add_source(&mut world, "x", TensorType::f32(shape.to_vec()), Role::Input);
+        let mut emit = |name: &str, op: Arc<dyn crate::op::Op>, inputs: &[ValueId]| {
+            add_op(&mut world, name, None, op, inputs, Role::Activation, Phase::Step).unwrap()[0]
+        };
+        let wide = emit("wide", Arc::new(Elementwise::of(1, |b, x| b.exp(x[0]))), &[x]);
+        let mut last = x;
+        for i in 0..others {
+            last = emit(&format!("chain {i}"), Arc::new(Elementwise::of(1, |b, x| b.tanh(x[0]))), &[last]);
+        }
+        let total = emit("total", Arc::new(SumTo { shape: vec![] }), &[last]);
+        let end = emit("end", Arc::new(sum(2)), &[wide, total]);
+        world.set_resource(Outputs([("end".to_string(), end)].into()));
+        order(&mut world).unwrap();
+        let order = &world.resource::<Order>().unwrap().0;
+        order.iter().map(|n| world.expect::<Name>(*n).0.clone()).collect()
+    }
+
+    #[test]
+    fn a_node_sinks_to_its_reader() {
+        assert_eq!(waiting(&[64, 64], 2), ["chain 0", "chain 1", "total", "wide", "end"]);
+    }
+
+    /// Where nothing is gained, the order of creation stays.
+    #[test]
+    fn the_order_of_creation_is_the_base() {
+        assert_eq!(waiting(&[64, 64], 0), ["wide", "total", "end"]);
+    }
+}
