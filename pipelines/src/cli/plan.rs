@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
-use dataflow_graph::compile::{Request, compile};
+use dataflow_graph::builtin::Elementwise;
+use dataflow_graph::compile::{Compiled, Request, compile};
+use dataflow_graph::components::OpRef;
 use dataflow_graph::diagnostic::Errors;
 use dataflow_graph::plan::PlannedLaunch;
 use dataflow_graph::registry::Registry;
@@ -28,7 +30,7 @@ impl Plan {
     pub(super) fn run(self, registry: &Arc<Registry>) -> Result<(), Errors> {
         let request = self.model.training(registry)?;
         let start = Instant::now();
-        let plan = compile(&request)?.plan;
+        let Compiled { plan, world } = compile(&request)?;
         let seconds = start.elapsed().as_secs_f64();
         let all = registry.systems.optional().map(String::from).collect();
         let unfused = compile(&Request { without: all, memory_budget: None, ..request })?.plan.launches.len();
@@ -48,6 +50,11 @@ impl Plan {
         }
         for (i, launch) in plan.launches.iter().enumerate() {
             print(&format!("{i:5}  {}\n", describe(launch)));
+            // what was fused is a formula of the launch's inputs
+            let elementwise = world.get::<OpRef>(launch.node).and_then(|op| op.0.downcast::<Elementwise>());
+            if let Some(Elementwise { program, .. }) = elementwise {
+                print(&format!("{:7}{program}\n", ""));
+            }
         }
         let mib = |bytes: usize| format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64);
         print(&format!(
