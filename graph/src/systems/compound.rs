@@ -1,5 +1,5 @@
 //! `compound`: ops with a kernel for all that they do stay whole. `decompose`: without it, they are written as primitive
-//! ops, a launch for each step of their formula, as a framework without fused kernels runs them.
+//! ops, a launch for each step of their formula, where they know one ([`Op::decompose`]). Attention and scans stay whole.
 //!
 //! `compound` writes the resource `Whole`. `decompose` reads it, the topology, `OpRef`, `TensorType`, `Phase`, `Role`, and
 //! the resources `Outputs` and `Parameters`; it writes the topology and `GradientOf`. It runs before `differentiate`, so
