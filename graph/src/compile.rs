@@ -5,7 +5,7 @@ use std::sync::Arc;
 use dataflow_kernels::device::Region;
 
 use crate::check::check;
-use crate::components::{MemoryBudget, Objectives, OptimizerRef, Options};
+use crate::components::{MemoryBudget, Objectives, OptimizerRef, Options, Precision};
 use crate::diagnostic::{Diagnostic, Errors};
 use crate::format::model::ModelFile;
 use crate::format::number::Scope;
@@ -45,12 +45,21 @@ pub struct Compiled {
     pub plan: Plan,
 }
 
-/// Compiles a model.
+/// Compiles a model in single precision.
 ///
 /// # Errors
 /// Everything that is wrong with the model file.
 pub fn compile(request: &Request) -> Result<Compiled, Errors> {
+    compile_in(request, Precision::F32)
+}
+
+/// Compiles a model.
+///
+/// # Errors
+/// Everything that is wrong with the model file.
+pub fn compile_in(request: &Request, precision: Precision) -> Result<Compiled, Errors> {
     let mut world = World::new();
+    world.set_resource(precision);
     world.set_resource(request.registry.clone());
     world.set_resource(request.model.clone());
     world.set_resource(request.scope.clone());

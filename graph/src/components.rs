@@ -1,6 +1,8 @@
 //! The components and resources that the systems share. A component that only one system knows lives there.
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::diagnostic::Span;
@@ -77,6 +79,37 @@ pub struct Options {
 /// Resource: the most bytes that activations and gradients may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryBudget(pub usize);
+
+/// Resource: the precision that training wants. Of nodes: the one in which its matrix products take their factors;
+/// without it, `f32`. Sums are in `f32` always, and so are parameters, statistics and states.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// Single precision throughout.
+    #[default]
+    F32,
+    /// Factors of matrix products in `bf16`.
+    Bf16,
+}
+
+impl FromStr for Precision {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "f32" => Ok(Self::F32),
+            "bf16" => Ok(Self::Bf16),
+            _ => Err("there are: f32, bf16".into()),
+        }
+    }
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
 
 /// Resource: the loss and other figures, each an op of (logits, targets) with a name. The first is the loss.
 #[derive(Clone, Default)]

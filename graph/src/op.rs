@@ -11,7 +11,7 @@ use std::sync::Arc;
 use dataflow_kernels::device::{Kernel, Target};
 use dataflow_kernels::expression::{Instruction, Program};
 
-use crate::components::Options;
+use crate::components::{Options, Precision};
 use crate::elementwise;
 use crate::gradient::Gradient;
 use crate::initializer::Initializer;
@@ -90,6 +90,8 @@ pub struct NodeView<'a> {
     pub outputs: &'a [TensorType],
     /// The seed of the run.
     pub seed: u64,
+    /// Of the factors of its matrix products; `f32` unless the op has [`products`](Op::products).
+    pub precision: Precision,
 }
 
 impl NodeView<'_> {
@@ -288,6 +290,11 @@ pub trait Op: Any + fmt::Debug + Send + Sync + 'static {
     /// What does not fit.
     fn recurrent(&self, _inputs: &[TensorType], _capacity: usize) -> Result<Option<Recurrent>, OpError> {
         Ok(None)
+    }
+
+    /// Whether its work is in matrix products, whose factors may be rounded to `bf16` (see [`NodeView::precision`]).
+    fn products(&self) -> bool {
+        false
     }
 
     /// What stands in for the op when the model is evaluated: dropout becomes nothing.

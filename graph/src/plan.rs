@@ -6,7 +6,9 @@ use std::ops::Range;
 use dataflow_kernels::device::{Launch, Operand, Region, Target};
 
 use crate::build::types_of;
-use crate::components::{Inputs, Name, OpRef, Options, Outputs, ParameterOf, Parameters, Phase, Place, States};
+use crate::components::{
+    Inputs, Name, OpRef, Options, Outputs, ParameterOf, Parameters, Phase, Place, Precision, States,
+};
 use crate::diagnostic::{Diagnostic, Errors, Span};
 use crate::op::{Cost, NodeView, Parameter};
 use crate::systems::allocate::{Layout, Located};
@@ -97,7 +99,13 @@ impl Plan {
             in_place.extend(world.get::<InPlace>(node).iter().flat_map(|p| p.0.iter().copied()));
             let name = world.expect::<Name>(node).0.clone();
             let (input_types, output_types) = (types_of(world, &inputs), types_of(world, &outputs));
-            let view = NodeView { name: &name, inputs: &input_types, outputs: &output_types, seed };
+            let view = NodeView {
+                name: &name,
+                inputs: &input_types,
+                outputs: &output_types,
+                seed,
+                precision: precision_of(world, node),
+            };
             PlannedLaunch {
                 node,
                 op: format!("{op:?}"),
@@ -164,6 +172,10 @@ impl Plan {
     }
 }
 
+fn precision_of(world: &World, node: NodeId) -> Precision {
+    world.get::<Precision>(node).copied().unwrap_or_default()
+}
+
 /// The launches that write a value; those that write its parts where it is a view.
 fn sources(world: &World, number: &HashMap<NodeId, usize>, value: ValueId) -> Vec<usize> {
     let Some((node, _)) = world.producer(value) else { return Vec::new() };
@@ -187,7 +199,8 @@ pub fn lower(world: &World, plan: &Plan, target: Target) -> Result<Vec<Launch>, 
     for planned in &plan.launches {
         let inputs = types_of(world, &world.inputs(planned.node));
         let outputs = types_of(world, &world.outputs(planned.node));
-        let view = NodeView { name: &planned.name, inputs: &inputs, outputs: &outputs, seed };
+        let precision = precision_of(world, planned.node);
+        let view = NodeView { name: &planned.name, inputs: &inputs, outputs: &outputs, seed, precision };
         match world.expect::<OpRef>(planned.node).0.lower(&view, target) {
             Ok(kernel) => launches.push(Launch {
                 name: planned.name.clone(),

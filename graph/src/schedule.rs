@@ -37,6 +37,7 @@ impl Default for Schedule {
             optional("simplify", systems::simplify::simplify),
             optional("fuse", systems::fuse::fuse),
             optional("rematerialize", systems::rematerialize::rematerialize),
+            optional("mixed_precision", systems::mixed_precision::mixed_precision),
             required("order", systems::order::order),
             optional("in_place", systems::in_place::in_place),
             required("allocate", systems::allocate::allocate),

@@ -2,7 +2,7 @@
 
 mod golden;
 
-use dataflow_kernels::cpu::matmul::{Init, Mat, matmul, matmul_on_this_thread};
+use dataflow_kernels::cpu::matmul::{Init, Mat, matmul, matmul_bf16, matmul_on_this_thread};
 use dataflow_kernels::{Rows, RowsMut};
 use golden::{assert_close, cases};
 
@@ -20,8 +20,9 @@ impl Numbers {
     fn float(&mut self) -> f32 {
         self.next() as f32 / (1u64 << 30) as f32 - 1.0
     }
+    /// Numbers that `bf16` has too, so that products of either kind must agree with the sums of f64.
     fn floats(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.float()).collect()
+        (0..n).map(|_| (self.float() * 128.0).round() / 128.0).collect()
     }
 }
 
@@ -106,6 +107,9 @@ fn check(numbers: &mut Numbers, m: usize, n: usize, k: usize, gap: usize) {
             }
             assert!(got == on_threads(2, || run(matmul)), "{what}: 1 and 2 threads differ");
             assert_close(&what, &run(matmul_on_this_thread), &want, tolerance);
+            let got = on_threads(1, || run(matmul_bf16));
+            assert_close(&format!("{what}, bf16"), &got, &want, tolerance);
+            assert!(got == on_threads(2, || run(matmul_bf16)), "{what}, bf16: 1 and 2 threads differ");
         }
     }
 }
@@ -151,6 +155,39 @@ fn large_shapes() {
         (200, 33000, 2, 0),
     ] {
         check(&mut numbers, m, n, k, gap);
+    }
+}
+
+#[test]
+fn bf16_rounds_to_nearest() {
+    // every number meets a one: once as the left factor, once as the right one, along and across `k`
+    let n = 32;
+    let mut numbers = vec![0.0f32; n * n];
+    let special =
+        [1.0, 257.0, 258.0, 259.0, -257.0, -259.0, 1.0 + 1.0 / 512.0, 3.0e38, 1.0e-30, f32::INFINITY, f32::NAN];
+    let rounded = [1.0, 256.0, 258.0, 260.0, -256.0, -260.0, 1.0, 3.0e38, 1.0e-30, f32::INFINITY, f32::NAN];
+    let one = {
+        let mut one = vec![0.0f32; n * n];
+        (0..n).for_each(|i| one[i * n + i] = 1.0);
+        one
+    };
+    for (i, (x, want)) in special.into_iter().zip(rounded).enumerate() {
+        numbers.fill(0.0);
+        numbers[i * n + i] = x;
+        let m = Rows::contiguous(&numbers, n);
+        let one = Rows::contiguous(&one, n);
+        let products = [(m, one), (one, m)].into_iter().flat_map(|(a, b)| {
+            let normal = (Mat::Normal(a), Mat::Normal(b));
+            [normal, (Mat::Transposed(a), Mat::Normal(b)), (Mat::Normal(a), Mat::Transposed(b))]
+        });
+        for (a, b) in products {
+            let mut c = vec![0.0; n * n];
+            matmul_bf16(RowsMut::contiguous(&mut c, n), a, b, Init::Zero);
+            let got = c[i * n + i];
+            let close = (got - want).abs() <= want.abs() / 256.0;
+            let exact = want.abs() > 1e30 || want.abs() < 1e-20 || got == want;
+            assert!(got == want || (close && exact) || (got.is_nan() && !want.is_finite()), "{x}: {got}, not {want}");
+        }
     }
 }
 

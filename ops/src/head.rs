@@ -15,16 +15,17 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use dataflow_graph::builtin::Elementwise;
+use dataflow_graph::components::Precision;
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::cross_entropy::{Loss, count, forward, forward_backward_in_place};
-use dataflow_kernels::cpu::matmul::{Init, Mat, matmul};
+use dataflow_kernels::cpu::matmul::{Init, Mat};
 use dataflow_kernels::device::{Arguments, Kernel, KernelError, Target};
 use dataflow_kernels::expression::Program;
 use dataflow_kernels::{Rows, RowsMut};
 
-use crate::linear::Linear;
+use crate::linear::{Linear, product_in};
 
 /// Logits of a block, where that leaves it rows enough.
 const BLOCK: usize = 8 << 20;
@@ -93,14 +94,17 @@ impl Op for LinearCrossEntropy {
         }
         Ok(())
     }
-    fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
-        let upstream = self.upstream;
+    fn products(&self) -> bool {
+        true
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let (upstream, precision) = (self.upstream, node.precision);
         match target {
             Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let loss = match upstream {
-                    Some(upstream) => train(a, upstream),
-                    None => evaluate(a),
+                    Some(upstream) => train(a, upstream, precision),
+                    None => evaluate(a, precision),
                 };
                 a.slice_mut(0)[0] = loss?.mean();
                 Ok(())
@@ -120,7 +124,8 @@ fn blocks(rows: usize, per_block: usize) -> impl Iterator<Item = (usize, usize)>
     (0..rows).step_by(per_block.max(1)).map(move |from| (from, (from + per_block).min(rows)))
 }
 
-fn train(a: &Arguments<'_>, upstream: f32) -> Result<Loss, KernelError> {
+fn train(a: &Arguments<'_>, upstream: f32, precision: Precision) -> Result<Loss, KernelError> {
+    let product = product_in(precision);
     let (x, weight, targets) = (a.rows::<f32>(0), a.rows::<f32>(1), a.slice::<i32>(2));
     let (dx, mut dw, scratch) = (a.slice_mut::<f32>(1), a.rows_mut::<f32>(2), a.slice_mut::<f32>(3));
     let (classes, cols) = (weight.rows(), x.cols());
@@ -129,19 +134,20 @@ fn train(a: &Arguments<'_>, upstream: f32) -> Result<Loss, KernelError> {
     for (from, to) in blocks(x.rows(), scratch.len() / classes) {
         let (x, targets) = (x.slice_rows(from, to), &targets[from..to]);
         let logits = &mut scratch[..(to - from) * classes];
-        matmul(RowsMut::contiguous(logits, classes), Mat::Normal(x), Mat::Transposed(weight), Init::Zero);
+        product(RowsMut::contiguous(logits, classes), Mat::Normal(x), Mat::Transposed(weight), Init::Zero);
         let loss = forward_backward_in_place(RowsMut::contiguous(logits, classes), targets, upstream, Some(counted));
         total.sum += loss.map_err(|e| KernelError(e.to_string()))?.sum;
         let dlogits = Rows::contiguous(logits, classes);
         let dx = RowsMut::contiguous(&mut dx[from * cols..to * cols], cols);
-        matmul(dx, Mat::Normal(dlogits), Mat::Normal(weight), Init::Zero);
+        product(dx, Mat::Normal(dlogits), Mat::Normal(weight), Init::Zero);
         let init = if from == 0 { Init::Zero } else { Init::Accumulate };
-        matmul(dw.reborrow(), Mat::Transposed(dlogits), Mat::Normal(x), init);
+        product(dw.reborrow(), Mat::Transposed(dlogits), Mat::Normal(x), init);
     }
     Ok(total)
 }
 
-fn evaluate(a: &Arguments<'_>) -> Result<Loss, KernelError> {
+fn evaluate(a: &Arguments<'_>, precision: Precision) -> Result<Loss, KernelError> {
+    let product = product_in(precision);
     let (x, weight, targets) = (a.rows::<f32>(0), a.rows::<f32>(1), a.slice::<i32>(2));
     let (lse, scratch) = (a.slice_mut::<f32>(1), a.slice_mut::<f32>(2));
     let classes = weight.rows();
@@ -150,7 +156,7 @@ fn evaluate(a: &Arguments<'_>) -> Result<Loss, KernelError> {
     for (from, to) in blocks(x.rows(), lse.len()) {
         let logits = &mut scratch[..(to - from) * classes];
         let x = Mat::Normal(x.slice_rows(from, to));
-        matmul(RowsMut::contiguous(logits, classes), x, Mat::Transposed(weight), Init::Zero);
+        product(RowsMut::contiguous(logits, classes), x, Mat::Transposed(weight), Init::Zero);
         let loss = forward(Rows::contiguous(logits, classes), &targets[from..to], &mut lse[..to - from]);
         total.sum += loss.map_err(|e| KernelError(e.to_string()))?.sum;
     }

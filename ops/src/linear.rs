@@ -4,6 +4,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use dataflow_graph::builtin::{SumTo, sum};
+use dataflow_graph::components::Precision;
 use dataflow_graph::format::number::{Flag, Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::Initializer;
@@ -11,10 +12,10 @@ use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Paramete
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::systems::compound::Decomposition;
 use dataflow_graph::types::TensorType;
-use dataflow_kernels::Rows;
-use dataflow_kernels::cpu::matmul::{Init, Mat, matmul, matmul_on_this_thread};
+use dataflow_kernels::cpu::matmul::{Init, Mat, matmul, matmul_bf16, matmul_on_this_thread};
 use dataflow_kernels::cpu::reduce::copy_rows;
 use dataflow_kernels::device::{Kernel, Target};
+use dataflow_kernels::{Rows, RowsMut};
 use serde::{Deserialize, Serialize};
 
 use crate::norm::is_sum;
@@ -82,13 +83,16 @@ impl Op for Linear {
         d.set(0, y);
         Ok(true)
     }
+    fn products(&self) -> bool {
+        true
+    }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
-        let bias = node.inputs.len() > 2;
+        let (bias, product) = (node.inputs.len() > 2, product_in(node.precision));
         match target {
             Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let init = if bias { Init::Bias(a.slice(2)) } else { Init::Zero };
-                matmul(a.rows_mut(0), Mat::Normal(a.rows(0)), Mat::Transposed(a.rows(1)), init);
+                product(a.rows_mut(0), Mat::Normal(a.rows(0)), Mat::Transposed(a.rows(1)), init);
                 Ok(())
             })),
         }
@@ -98,6 +102,14 @@ impl Op for Linear {
     }
     fn cost(&self, node: &NodeView<'_>) -> Cost {
         product_cost(node, node.inputs[0].cols())
+    }
+}
+
+/// The product of two matrices with factors of this precision.
+pub(crate) fn product_in(precision: Precision) -> fn(RowsMut<'_>, Mat<'_>, Mat<'_>, Init<'_>) {
+    match precision {
+        Precision::F32 => matmul,
+        Precision::Bf16 => matmul_bf16,
     }
 }
 
@@ -128,8 +140,11 @@ impl Op for LinearInput {
         let inputs = vec![Of::Producer(0), Of::Producer(1), Of::Consumer(1 - pair.input)];
         Some(Merged { op: Arc::new(Self { adding: true }), inputs, outputs: vec![Of::Consumer(0)] })
     }
-    fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
-        let adding = self.adding;
+    fn products(&self) -> bool {
+        true
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let (adding, product) = (self.adding, product_in(node.precision));
         match target {
             Target::Cuda => Err(OpError::no_kernel(target)),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
@@ -138,7 +153,7 @@ impl Op for LinearInput {
                     copy_rows(a.rows(2), dx.reborrow());
                 }
                 let init = if adding { Init::Accumulate } else { Init::Zero };
-                matmul(dx, Mat::Normal(a.rows(0)), Mat::Normal(a.rows(1)), init);
+                product(dx, Mat::Normal(a.rows(0)), Mat::Normal(a.rows(1)), init);
                 Ok(())
             })),
         }
@@ -165,11 +180,15 @@ impl Op for LinearWeight {
     fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
         Ok(vec![TensorType::f32([inputs[0].cols(), inputs[1].cols()])])
     }
-    fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+    fn products(&self) -> bool {
+        true
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        let product = product_in(node.precision);
         match target {
             Target::Cuda => Err(OpError::no_kernel(target)),
-            Target::Cpu => Ok(Kernel::cpu(|a| {
-                matmul(a.rows_mut(0), Mat::Transposed(a.rows(0)), Mat::Normal(a.rows(1)), Init::Zero);
+            Target::Cpu => Ok(Kernel::cpu(move |a| {
+                product(a.rows_mut(0), Mat::Transposed(a.rows(0)), Mat::Normal(a.rows(1)), Init::Zero);
                 Ok(())
             })),
         }
@@ -261,7 +280,7 @@ fn batched(
     batches: usize,
     (a, rows_a, transpose_a): (Rows<'_>, usize, bool),
     (b, rows_b, transpose_b): (Rows<'_>, usize, bool),
-    mut y: dataflow_kernels::RowsMut<'_>,
+    mut y: RowsMut<'_>,
     rows_y: usize,
 ) {
     fn mat(m: Rows<'_>, transposed: bool) -> Mat<'_> {

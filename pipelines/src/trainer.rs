@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dataflow_graph::compile::{Request, compile};
-use dataflow_graph::components::Options;
+use dataflow_graph::compile::{Request, compile_in};
+use dataflow_graph::components::{Options, Precision};
 use dataflow_graph::plan::Plan;
 use dataflow_graph::registry::Registry;
 use dataflow_graph::session::Session;
@@ -28,6 +28,8 @@ pub struct Setup {
     pub registry: Arc<Registry>,
     /// What runs the model.
     pub device: Arc<dyn Device>,
+    /// Of matrix products.
+    pub precision: Precision,
     /// Model, loss, optimizer.
     pub optimized: Optimized,
     /// For parameters, batches and masks.
@@ -73,7 +75,8 @@ impl Trainer {
     /// # Errors
     /// Everything that is wrong with the model, or no memory left.
     pub fn prepare(setup: Setup) -> Result<Self, StageError> {
-        let mut session = Session::new(setup.device.clone(), &compile(&setup.request(true))?, None)?;
+        let mut session =
+            Session::new(setup.device.clone(), &compile_in(&setup.request(true), setup.precision)?, None)?;
         session.initialize(setup.seed)?;
         Ok(Self { setup, session, records: None, last_evaluation: None })
     }
@@ -83,7 +86,7 @@ impl Trainer {
     /// # Errors
     /// No memory left.
     pub fn evaluation_session(&self) -> Result<Session, StageError> {
-        let compiled = compile(&self.setup.request(false))?;
+        let compiled = compile_in(&self.setup.request(false), self.setup.precision)?;
         Ok(Session::new(self.setup.device.clone(), &compiled, Some(&self.session))?)
     }
 

@@ -121,6 +121,10 @@ fn bench_measures_and_compares() {
     for part in ["by op", "slowest launches", "LinearWeight", "compared", "of the roofline"] {
         assert!(out.contains(part), "{part}: {out}");
     }
+    let value = json(&folder.succeeds(&[&bench[..], &["--json", "--precision", "bf16"]].concat()));
+    assert_eq!(value["precision"], "bf16");
+    let ran = folder.dataflow(&[&bench[..], &["--precision", "f16"]].concat());
+    assert!(ran.code == Some(2) && ran.err.contains("there are: f32, bf16"), "{}", ran.err);
     let ran = folder.dataflow(&[&bench[..], &["--compare", "pipe.ron"]].concat());
     assert!(ran.code == Some(1) && ran.err.contains("pipe.ron is no result of `dataflow bench`"), "{}", ran.err);
 }

@@ -10,6 +10,7 @@ pub mod fuse;
 pub mod in_place;
 pub mod infer;
 pub mod merge;
+pub mod mixed_precision;
 pub mod order;
 pub mod rematerialize;
 pub mod simplify;

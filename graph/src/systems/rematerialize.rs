@@ -20,7 +20,7 @@ use super::in_place::{in_place, undo};
 use super::order::{Order, order};
 use super::simplify::{Alias, NoLaunch, is_output, is_updated};
 use crate::build::types_of;
-use crate::components::{MemoryBudget, Name, OpRef, Options, Phase, Place, Role};
+use crate::components::{MemoryBudget, Name, OpRef, Options, Phase, Place, Precision, Role};
 use crate::diagnostic::{Diagnostic, Errors};
 use crate::op::{NodeView, Op, Slot};
 use crate::schedule::Without;
@@ -282,7 +282,8 @@ impl Search {
         }
         let (input_types, output_types) = (types_of(world, &inputs), types_of(world, &outputs));
         let name = &world.expect::<Name>(node).0;
-        let view = NodeView { name, inputs: &input_types, outputs: &output_types, seed: s.seed };
+        let precision = Precision::default();
+        let view = NodeView { name, inputs: &input_types, outputs: &output_types, seed: s.seed, precision };
         let early = |v: &ValueId| users(world, *v).iter().any(|n| s.place[n] <= s.peak);
         let moves = !part && !outputs.iter().any(early);
         let flops = if moves { 0.0 } else { op.cost(&view).flops };

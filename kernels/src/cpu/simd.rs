@@ -550,6 +550,12 @@ impl Level {
     }
 }
 
+/// Whether the machine has the dot products of AVX512-BF16. Only asked where the level is [`Avx512`].
+#[cfg(target_arch = "x86_64")]
+pub(super) fn has_bf16() -> bool {
+    is_x86_feature_detected!("avx512bf16")
+}
+
 /// The widest instruction set of this machine, or a narrower one if the environment variable
 /// `DATAFLOW_SIMD` (`portable`, `avx2`, `avx512`) asks for it; asking for what is not there is ignored.
 pub fn level() -> Level {

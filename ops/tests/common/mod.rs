@@ -6,8 +6,8 @@ pub mod compare;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use dataflow_graph::compile::{Compiled, Request, compile};
-use dataflow_graph::components::Options;
+use dataflow_graph::compile::{Compiled, Request, compile_in};
+use dataflow_graph::components::{Options, Precision};
 use dataflow_graph::diagnostic::Errors;
 use dataflow_graph::format::formula::Number;
 use dataflow_graph::format::model::ModelFile;
@@ -37,13 +37,25 @@ pub fn model(name: &str) -> PathBuf {
 
 /// Compiles one step of training: forward, backward, clipping, AdamW.
 pub fn training(file: &Path, set: &[(&str, i64)], batch: usize, block: usize) -> Result<Compiled, Errors> {
+    training_in(Precision::F32, file, set, batch, block, vec![])
+}
+
+/// As [`training`], in any precision and without some systems.
+pub fn training_in(
+    precision: Precision,
+    file: &Path,
+    set: &[(&str, i64)],
+    batch: usize,
+    block: usize,
+    without: Vec<String>,
+) -> Result<Compiled, Errors> {
     let mut registry = Registry::new();
     registry.add_plugin(&BuiltinOps);
     let model = Arc::new(ModelFile::read(file)?);
     let set = set.iter().map(|&(name, value)| (name.to_string(), Number::Int(value))).collect();
     let scope = model.config(&set)?;
     let loss: Arc<dyn Op> = registry.ops().unwrap().get("CrossEntropy").unwrap().parse("()").unwrap();
-    compile(&Request {
+    let request = Request {
         registry: Arc::new(registry),
         model,
         scope,
@@ -57,13 +69,19 @@ pub fn training(file: &Path, set: &[(&str, i64)], batch: usize, block: usize) ->
             clip: Some(1.0),
         })),
         memory_budget: None,
-        without: vec![],
-    })
+        without,
+    };
+    compile_in(&request, precision)
 }
 
 /// Trains on one batch of random tokens that has no structure, and returns the loss before each update.
 pub fn learn(compiled: &Compiled, vocab: u64, updates: usize) -> Vec<f32> {
-    let device = Arc::new(CpuDevice::new(Some(2)).unwrap());
+    learn_on(2, compiled, vocab, updates)
+}
+
+/// As [`learn`], on a number of threads.
+pub fn learn_on(threads: usize, compiled: &Compiled, vocab: u64, updates: usize) -> Vec<f32> {
+    let device = Arc::new(CpuDevice::new(Some(threads)).unwrap());
     let mut session = Session::new(device, compiled, None).unwrap_or_else(|e| panic!("{e}"));
     session.initialize(1).unwrap();
     let count = compiled.plan.inputs["tokens"].tensor.elements();

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use dataflow_graph::compile::{Request, compile};
+use dataflow_graph::compile::{Request, compile_in};
+use dataflow_graph::components::Precision;
 use dataflow_graph::diagnostic::{Diagnostic, Errors};
 use dataflow_graph::plan::Plan;
 use dataflow_graph::session::Session;
@@ -20,8 +21,13 @@ impl TrainingStep {
     ///
     /// # Errors
     /// What is wrong with the model, or no memory left.
-    pub fn prepare(request: &Request, device: Arc<dyn Device>, vocab: usize) -> Result<Self, Errors> {
-        let mut session = Session::new(device, &compile(request)?, None)?;
+    pub fn prepare(
+        request: &Request,
+        precision: Precision,
+        device: Arc<dyn Device>,
+        vocab: usize,
+    ) -> Result<Self, Errors> {
+        let mut session = Session::new(device, &compile_in(request, precision)?, None)?;
         session.initialize(request.options.seed)?;
         let mut random = Stream::new(request.options.seed, 0);
         let count = request.options.batch * request.options.block;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
+use dataflow_graph::components::Precision;
 use dataflow_graph::diagnostic::Errors;
 use dataflow_graph::registry::Registry;
 use serde_json::json;
@@ -32,6 +33,9 @@ pub(super) struct Bench {
     steps: u32,
     #[command(flatten)]
     device: DeviceArgs,
+    /// Of the factors of matrix products: f32, or bf16 with sums, parameters and activations in f32
+    #[arg(long, value_name = "f32|bf16", default_value_t = Precision::F32)]
+    precision: Precision,
     /// Launches to show, the slowest first
     #[arg(long, value_name = "N", default_value_t = 15)]
     top: usize,
@@ -51,7 +55,7 @@ impl Bench {
         let request = self.model.training(registry)?;
         // every model file of ours has the name; two tokens exist in any other too
         let vocab = request.scope.evaluate("vocab").map_or(2, |v| v.real() as usize);
-        let mut step = TrainingStep::prepare(&request, device.clone(), vocab)?;
+        let mut step = TrainingStep::prepare(&request, self.precision, device.clone(), vocab)?;
         step.run()?;
         let first_step_s = start.elapsed().as_secs_f64();
         for _ in 1..WARMUP {
@@ -73,6 +77,7 @@ impl Bench {
                 "batch": self.model.batch,
                 "block": self.model.block,
                 "device": device.describe(),
+                "precision": self.precision.to_string(),
                 "steps": self.steps,
                 "tokens_per_s": tokens / median_s,
                 "step_ms_median": median_s * 1e3,
@@ -90,7 +95,7 @@ impl Bench {
             }));
             return Ok(());
         }
-        print(&format!("device: {}\n", device.describe()));
+        print(&format!("device: {}, {}\n", device.describe(), self.precision));
         print(&format!(
             "roofline: {:.1} GFLOP/s (matrix product), {:.1} GB/s (sum of two tensors)\n\n",
             roofline.flops_per_s / 1e9,

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
+use dataflow_graph::components::Precision;
 use dataflow_graph::diagnostic::Errors;
 use dataflow_graph::registry::Registry;
 
@@ -20,6 +21,9 @@ pub(super) struct Run {
     set: Vec<String>,
     #[command(flatten)]
     device: DeviceArgs,
+    /// Of the factors of matrix products: f32, or bf16 with sums, parameters and activations in f32
+    #[arg(long, value_name = "f32|bf16", default_value_t = Precision::F32)]
+    precision: Precision,
     /// The folder to write; runs/NAME-NUMBER by default
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -39,6 +43,7 @@ impl Run {
             registry: registry.clone(),
             device,
             threads: self.device.threads(),
+            precision: self.precision,
             seed: file.seed,
             pipeline: self.pipeline,
             cache: PathBuf::from("data"),

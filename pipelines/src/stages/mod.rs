@@ -16,6 +16,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use dataflow_graph::components::Precision;
 use dataflow_graph::diagnostic::Errors;
 use dataflow_graph::registry::{Info, Plugin, Registry};
 use dataflow_kernels::device::Device;
@@ -113,6 +114,8 @@ pub struct Run {
     pub device: Arc<dyn Device>,
     /// Threads for the preparation of data.
     pub threads: usize,
+    /// Of matrix products.
+    pub precision: Precision,
     /// The seed of the pipeline.
     pub seed: u64,
     /// The pipeline file, relative to which model files are looked for too.

@@ -51,6 +51,7 @@ impl Stage for Train {
         let setup = Setup {
             registry: run.registry.clone(),
             device: run.device.clone(),
+            precision: run.precision,
             optimized: optimized.clone(),
             seed: run.seed,
             steps: *self.steps as u64,

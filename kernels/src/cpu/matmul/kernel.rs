@@ -14,6 +14,9 @@
 use crate::cpu::simd::{Portable, Simd};
 
 #[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{__m512 as F512, __m512bh, _mm512_dpbf16_ps};
+
+#[cfg(target_arch = "x86_64")]
 use crate::cpu::simd::{Avx2, Avx512};
 
 /// What a tile of the result is added to.
@@ -125,6 +128,43 @@ pub(super) trait Kernel: Simd {
     /// `from` must be valid for whole vectors and `to` for the elements.
     unsafe fn add_rows(self, from: *const f32, rows: usize, cols: usize, to: *mut f32, to_step: usize, start: Start);
 
+    /// As [`Kernel::tile`], where an element of a and b is a pair of `bf16`, of two steps of `k`, of which the first has the
+    /// lower half; a is packed across `k`. Products are summed in `f32`.
+    ///
+    /// # Safety
+    /// As [`Kernel::tile`].
+    unsafe fn pair_tile(self, rows: usize, t: &Tile);
+
+    /// As [`Kernel::copy`], where rows `2 r` and `2 r + 1` become row `r` of pairs; zero is the partner of a last row.
+    ///
+    /// # Safety
+    /// As [`Kernel::transpose`].
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn pair_rows(
+        self,
+        from: *const f32,
+        from_step: usize,
+        rows: usize,
+        cols: usize,
+        to: *mut f32,
+        to_step: usize,
+        width: usize,
+    );
+
+    /// Writes the pairs of neighbours of each row; zero is the partner of a last element.
+    ///
+    /// # Safety
+    /// The elements must be valid.
+    unsafe fn pair_cols(
+        self,
+        from: *const f32,
+        from_step: usize,
+        rows: usize,
+        cols: usize,
+        to: *mut f32,
+        to_step: usize,
+    );
+
     /// Copies `rows` rows of `cols <= NR` elements as rows of `width` (whole vectors), zero past `cols`.
     ///
     /// # Safety
@@ -177,9 +217,126 @@ macro_rules! for_rows {
     };
 }
 
+/// What a step of `k` does to a vector of the result.
+trait Step<S: Simd> {
+    /// `acc + x y`
+    fn step(s: S, x: S::F, y: S::F, acc: S::F) -> S::F;
+}
+
+/// An `f32` of each factor.
+struct Single;
+
+impl<S: Simd> Step<S> for Single {
+    #[inline(always)]
+    fn step(s: S, x: S::F, y: S::F, acc: S::F) -> S::F {
+        s.fma(x, y, acc)
+    }
+}
+
+/// A pair of `bf16` of each factor, on any machine: a `bf16` is the upper half of an `f32`.
+struct Pair;
+
+impl<S: Simd> Step<S> for Pair {
+    #[inline(always)]
+    fn step(s: S, x: S::F, y: S::F, acc: S::F) -> S::F {
+        let low = |v: S::F| s.from_bits(s.shl::<16>(s.bits(v)));
+        let high = |v: S::F| s.from_bits(s.and_i(s.bits(v), s.splat_i(HIGH)));
+        s.fma(low(x), low(y), s.fma(high(x), high(y), acc))
+    }
+}
+
+/// The same by the instruction for it (AVX512-BF16), which sums the two products with roundings of its own.
+#[cfg(target_arch = "x86_64")]
+struct NativePair;
+
+#[cfg(target_arch = "x86_64")]
+impl Step<Avx512> for NativePair {
+    #[inline(always)]
+    fn step(_: Avx512, x: F512, y: F512, acc: F512) -> F512 {
+        // SAFETY: only functions that are compiled for AVX512-BF16 use this, and they run where it is there; the
+        // types are both 64 bytes of plain numbers.
+        unsafe {
+            let pairs = |v: F512| std::mem::transmute::<F512, __m512bh>(v);
+            _mm512_dpbf16_ps(acc, pairs(x), pairs(y))
+        }
+    }
+}
+
+/// The bits of a pair's second number.
+const HIGH: i32 = 0xffff_0000_u32 as i32;
+
+/// Rounds to `bf16`, halves to even, in the upper half of each lane; the lower half is whatever it is. NaN stays NaN.
+#[inline(always)]
+fn rounded<S: Simd>(s: S, x: S::F) -> S::I {
+    let bits = s.bits(x);
+    let odd = s.and_i(s.shr::<16>(bits), s.splat_i(1));
+    let up = s.add_i(s.add_i(bits, s.splat_i(0x7fff)), odd);
+    let nan = s.or_i(bits, s.splat_i(0x0040_0000));
+    s.bits(s.select(s.eq(x, x), s.from_bits(up), s.from_bits(nan)))
+}
+
+/// See [`Kernel::pair_rows`].
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn pair_rows<S: Simd>(
+    s: S,
+    from: *const f32,
+    from_step: usize,
+    rows: usize,
+    cols: usize,
+    to: *mut f32,
+    to_step: usize,
+    width: usize,
+) {
+    // SAFETY: the caller promises `rows` readable rows of `cols` and half as many writable ones of `width`.
+    unsafe {
+        for r in (0..rows).step_by(2) {
+            let first = from.add(r * from_step);
+            let mut c = 0;
+            while c < width {
+                let n = cols.saturating_sub(c).min(S::LANES);
+                let at = |row: *const f32| match n {
+                    0 => s.zero(),
+                    n if n == S::LANES => s.load_ptr(row.add(c)),
+                    n => partial(s, row.add(c), n),
+                };
+                let low = s.shr::<16>(rounded(s, at(first)));
+                let high = if r + 1 < rows { rounded(s, at(first.add(from_step))) } else { s.splat_i(0) };
+                let pair = s.or_i(low, s.and_i(high, s.splat_i(HIGH)));
+                s.store_ptr(to.add(r / 2 * to_step + c), s.from_bits(pair));
+                c += S::LANES;
+            }
+        }
+    }
+}
+
+/// See [`Kernel::pair_cols`].
+#[inline(always)]
+unsafe fn pair_cols(from: *const f32, from_step: usize, rows: usize, cols: usize, to: *mut f32, to_step: usize) {
+    #[inline(always)]
+    fn rounded(x: f32) -> u32 {
+        let bits = x.to_bits();
+        let up = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+        if x.is_nan() { bits | 0x0040_0000 } else { up }
+    }
+    for r in 0..rows {
+        // SAFETY: the caller promises `rows` readable rows of `cols` and as many writable ones of half as many.
+        let (from, to) = unsafe {
+            let from = std::slice::from_raw_parts(from.add(r * from_step), cols);
+            (from, std::slice::from_raw_parts_mut(to.add(r * to_step).cast::<u32>(), cols.div_ceil(2)))
+        };
+        for (pair, to) in from.chunks_exact(2).zip(to.iter_mut()) {
+            *to = rounded(pair[0]) >> 16 | rounded(pair[1]) & 0xffff_0000;
+        }
+        if cols % 2 == 1 {
+            to[cols / 2] = rounded(from[cols - 1]) >> 16;
+        }
+    }
+}
+
 /// See the [module](self).
 #[inline(always)]
-unsafe fn tile<S: Simd, const R: usize, const V: usize, const ALONG_K: bool>(s: S, t: &Tile) {
+unsafe fn tile<S: Simd, A: Step<S>, const R: usize, const V: usize, const ALONG_K: bool>(s: S, t: &Tile) {
     // SAFETY: the caller promises that the operands and the result are valid for this tile.
     unsafe {
         let mut acc = [[s.zero(); V]; R];
@@ -203,7 +360,7 @@ unsafe fn tile<S: Simd, const R: usize, const V: usize, const ALONG_K: bool>(s: 
             for_rows!(r < R {
                 let x = s.splat(*a.add(if ALONG_K { r * t.a_step } else { r }));
                 for v in 0..V {
-                    acc[r][v] = s.fma(x, row[v], acc[r][v]);
+                    acc[r][v] = A::step(s, x, row[v], acc[r][v]);
                 }
             });
             a = a.wrapping_add(if ALONG_K { 1 } else { t.a_step });
@@ -356,7 +513,7 @@ unsafe fn add_rows<S: Simd>(
 
 /// The table of the tiles, and the functions that look into it.
 macro_rules! kernel {
-    ($level:ident, $features:tt, $mr:tt x $nv:tt, [$($rows:tt)*], $transpose:path) => {
+    ($level:ident, $features:tt, $mr:tt x $nv:tt, $list:tt, $transpose:path $(, $native:tt if $detected:expr)?) => {
         impl Kernel for $level {
             const MR: usize = $mr;
             const NV: usize = $nv;
@@ -364,16 +521,66 @@ macro_rules! kernel {
             #[inline]
             unsafe fn tile(self, rows: usize, along_k: bool, t: &Tile) {
                 kernel!(@fn $features tile_fn<const R: usize, const V: usize, const K: bool>
-                    (s: $level, t: &Tile) => tile::<$level, R, V, K>(s, t));
+                    (s: $level, t: &Tile) => tile::<$level, Single, R, V, K>(s, t));
                 type Function = unsafe fn($level, &Tile);
-                static TABLE: [[[Function; 2]; $nv]; $mr] = [$(kernel!(@row $nv $rows)),*];
+                static TABLE: [[[Function; 2]; $nv]; $mr] = kernel!(@rows $nv $list);
                 let vectors = t.cols.div_ceil(Self::LANES);
                 // SAFETY: the caller's promise; a value of the type proves the instruction set.
                 unsafe { TABLE[rows - 1][vectors - 1][along_k as usize](self, t) }
             }
 
+            unsafe fn pair_tile(self, rows: usize, t: &Tile) {
+                type Function = unsafe fn($level, &Tile);
+                let vectors = t.cols.div_ceil(Self::LANES);
+                $(if $detected {
+                    kernel!(@fn $native native_fn<const R: usize, const V: usize>
+                        (s: $level, t: &Tile) => tile::<$level, NativePair, R, V, false>(s, t));
+                    static TABLE: [[Function; $nv]; $mr] = kernel!(@table native_fn $nv $list);
+                    // SAFETY: the caller's promise, and the instructions were found.
+                    return unsafe { TABLE[rows - 1][vectors - 1](self, t) };
+                })?
+                kernel!(@fn $features pair_fn<const R: usize, const V: usize>
+                    (s: $level, t: &Tile) => tile::<$level, Pair, R, V, false>(s, t));
+                static TABLE: [[Function; $nv]; $mr] = kernel!(@table pair_fn $nv $list);
+                // SAFETY: the caller's promise; a value of the type proves the instruction set.
+                unsafe { TABLE[rows - 1][vectors - 1](self, t) }
+            }
+
+            unsafe fn pair_rows(
+                self,
+                from: *const f32,
+                from_step: usize,
+                rows: usize,
+                cols: usize,
+                to: *mut f32,
+                to_step: usize,
+                width: usize,
+            ) {
+                kernel!(@fn $features pair_rows_fn<>
+                    (s: $level, from: *const f32, from_step: usize, rows: usize, cols: usize, to: *mut f32, to_step: usize, width: usize)
+                    => pair_rows(s, from, from_step, rows, cols, to, to_step, width));
+                // SAFETY: as above.
+                unsafe { pair_rows_fn(self, from, from_step, rows, cols, to, to_step, width) }
+            }
+
+            unsafe fn pair_cols(
+                self,
+                from: *const f32,
+                from_step: usize,
+                rows: usize,
+                cols: usize,
+                to: *mut f32,
+                to_step: usize,
+            ) {
+                kernel!(@fn $features pair_cols_fn<>
+                    (_s: $level, from: *const f32, from_step: usize, rows: usize, cols: usize, to: *mut f32, to_step: usize)
+                    => pair_cols(from, from_step, rows, cols, to, to_step));
+                // SAFETY: as above.
+                unsafe { pair_cols_fn(self, from, from_step, rows, cols, to, to_step) }
+            }
+
             unsafe fn wide_tile(self, t: &Tile) {
-                kernel!(@fn $features wide_fn<const V: usize>(s: $level, t: &Tile) => tile::<$level, 1, V, false>(s, t));
+                kernel!(@fn $features wide_fn<const V: usize>(s: $level, t: &Tile) => tile::<$level, Single, 1, V, false>(s, t));
                 // SAFETY: as above.
                 unsafe {
                     match t.cols.div_ceil(Self::LANES) {
@@ -452,11 +659,13 @@ macro_rules! kernel {
             }
         }
     };
-    (@row 1 $rows:tt) => { [[tile_fn::<$rows, 1, false>, tile_fn::<$rows, 1, true>]] };
-    (@row 2 $rows:tt) => { [
+    (@table $name:ident 1 [$($rows:tt)*]) => { [$([$name::<$rows, 1>]),*] };
+    (@table $name:ident 2 [$($rows:tt)*]) => { [$([$name::<$rows, 1>, $name::<$rows, 2>]),*] };
+    (@rows 1 [$($rows:tt)*]) => { [$([[tile_fn::<$rows, 1, false>, tile_fn::<$rows, 1, true>]]),*] };
+    (@rows 2 [$($rows:tt)*]) => { [$([
         [tile_fn::<$rows, 1, false>, tile_fn::<$rows, 1, true>],
         [tile_fn::<$rows, 2, false>, tile_fn::<$rows, 2, true>],
-    ] };
+    ]),*] };
     (@fn "" $name:ident<$(const $p:ident: $pt:ty),*>($($arg:ident: $ty:ty),*) => $body:expr) => {
         #[allow(clippy::too_many_arguments)]
         unsafe fn $name<$(const $p: $pt),*>($($arg: $ty),*) {
@@ -476,7 +685,8 @@ macro_rules! kernel {
 
 #[cfg(target_arch = "x86_64")]
 kernel!(Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", 12 x 2, [1 2 3 4 5 6 7 8 9 10 11 12],
-    super::transpose::avx512);
+    super::transpose::avx512,
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma" if crate::cpu::simd::has_bf16());
 #[cfg(target_arch = "x86_64")]
 kernel!(Avx2, "avx2,fma", 6 x 2, [1 2 3 4 5 6], super::transpose::avx2);
 // eight lanes are two registers of SSE2 or NEON, which have 16 and 32

@@ -1,4 +1,5 @@
-//! Matrix products of `f32`, near the peak of the machine.
+//! Matrix products of `f32`, near the peak of the machine; with factors rounded to `bf16`, near twice that where the
+//! machine has AVX512-BF16.
 //!
 //! The organisation is that of BLIS (Van Zee and van de Geijn 2015, <https://doi.org/10.1145/2764454>): register
 //! tiles (`kernel.rs`) over packed panels, blocks for each cache (`product.rs`). How a product is split depends on
@@ -61,15 +62,22 @@ pub enum Init<'a> {
 
 /// `c = init + a b` for `a` `[m, k]`, `b` `[k, n]`, `c` `[m, n]`, on all threads.
 pub fn matmul(c: RowsMut<'_>, a: Mat<'_>, b: Mat<'_>, init: Init<'_>) {
-    run(c, a, b, init, true);
+    run(c, a, b, init, true, false);
+}
+
+/// [`matmul`] with factors rounded to `bf16` (nearest, halves to even) and sums in `f32`. Small products, and those of a few
+/// rows or columns, keep their factors whole: there rounding would cost more than it saves. The sums of a
+/// machine with AVX512-BF16 differ from those of another in their last bits.
+pub fn matmul_bf16(c: RowsMut<'_>, a: Mat<'_>, b: Mat<'_>, init: Init<'_>) {
+    run(c, a, b, init, true, true);
 }
 
 /// [`matmul`] on the calling thread alone: for small products inside a parallel task.
 pub fn matmul_on_this_thread(c: RowsMut<'_>, a: Mat<'_>, b: Mat<'_>, init: Init<'_>) {
-    run(c, a, b, init, false);
+    run(c, a, b, init, false, false);
 }
 
-fn run(mut c: RowsMut<'_>, a: Mat<'_>, b: Mat<'_>, init: Init<'_>, parallel: bool) {
+fn run(mut c: RowsMut<'_>, a: Mat<'_>, b: Mat<'_>, init: Init<'_>, parallel: bool, pairs: bool) {
     let (m, k, n) = (a.rows(), a.cols(), b.cols());
     assert!(
         c.rows() == m && c.cols() == n && b.rows() == k,
@@ -96,6 +104,7 @@ fn run(mut c: RowsMut<'_>, a: Mat<'_>, b: Mat<'_>, init: Init<'_>, parallel: boo
             Init::Bias(bias) => kernel::Start::Bias(bias.as_ptr()),
         },
         parallel,
+        pairs,
     };
     // SAFETY: the sizes agree, and `Rows` and `RowsMut` are valid for all their elements.
     unsafe {

@@ -12,8 +12,8 @@
 //! often enough to pay. `k` is cut so that a panel of a stays in the first cache while a row of tiles is computed.
 //! Where the result has columns for half a vector (24, 65, ..), its transpose may be cheaper and is stored across.
 //!
-//! For a second element type: give [`Kernel`] its tile and its packing, and the panels their element size; the
-//! routes and blocks stay.
+//! With factors in `bf16` ([`Product::pairs`]) the packed panels hold pairs of them, two steps of `k` in 32 bits, so that
+//! panels, tiles and blocks are those of half the `k`. Products that pack nothing stay as they are.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -49,6 +49,9 @@ pub(super) struct Product {
     pub across: bool,
     pub start: Start,
     pub parallel: bool,
+    /// Whether the factors are rounded to `bf16` while they are packed, where packing pays. A packed element is then a pair
+    /// of them, of two steps of `k`.
+    pub pairs: bool,
 }
 
 // SAFETY: the tasks of a product read its operands and write different tiles of its result.
@@ -79,6 +82,9 @@ const PACK_A_COLS: usize = 128;
 
 /// Rows that are packed at a time where an operand lies across `k`.
 const PACK_ROWS: usize = 16;
+
+/// Steps of `k` that are paired at a time where an operand lies along `k`.
+const PAIRED_COLS: usize = 256;
 
 #[repr(align(64))]
 struct Stack([MaybeUninit<f32>; ON_STACK]);
@@ -130,6 +136,7 @@ impl Product {
             return;
         }
         self.parallel &= m * n * k >= 2 * TASK;
+        self.pairs &= m.min(n) > DOT_MOST && k > 1;
         let (a_along_k, b_along_k) = (self.a.col == 1, self.b.row == 1);
         // SAFETY: the caller's promise.
         unsafe {
@@ -164,7 +171,7 @@ impl Product {
                 let width = self.n.div_ceil(wanted).next_multiple_of(K::NR).clamp(2 * K::NR, 512);
                 for_each(self.parallel, self.n.div_ceil(width), |task| {
                     let part = self.columns(piece(task, width, self.n));
-                    if part.m <= PACK_B_ROWS && part.b.col == 1 {
+                    if part.m <= PACK_B_ROWS && part.b.col == 1 && !part.pairs {
                         part.in_place(s);
                     } else {
                         part.packed(s, OWN_CHUNK);
@@ -188,6 +195,11 @@ impl Product {
         // packing a along k costs as much as eight multiplications per element
         let packing = if self.a.col == 1 { K::LANES / 2 } else { 1 };
         self.k >= 64 && self.n * lanes(self.m) + packing * self.m < self.m * lanes(self.n)
+    }
+
+    /// Elements of a packed panel for so many steps of `k`.
+    fn packed_steps(&self, k: usize) -> usize {
+        if self.pairs { k.div_ceil(2) } else { k }
     }
 
     /// Some columns, on this thread.
@@ -226,7 +238,7 @@ impl Product {
             let mut k = 0;
             loop {
                 let depth = k..(k + kc).min(self.k);
-                let b = Panels { ptr: buffer, panel: K::NR * depth.len(), step: K::NR };
+                let b = Panels { ptr: buffer, panel: K::NR * self.packed_steps(depth.len()), step: K::NR };
                 // SAFETY: the buffer holds nc columns of depth kc.
                 unsafe {
                     self.pack_b(s, b, depth.clone(), columns.clone());
@@ -253,8 +265,9 @@ impl Product {
                     for p in 0..panels {
                         let from = self.b.at(k.start + d, columns.start + p * K::NR);
                         let whole = width(p).next_multiple_of(K::LANES);
+                        let to = to.skip(p, self.packed_steps(d)).ptr;
                         // SAFETY: each row of a panel is written by one task.
-                        unsafe { s.copy(from, self.b.row, rows, width(p), to.skip(p, d).ptr, K::NR, whole) };
+                        unsafe { self.copy(s, from, self.b.row, rows, width(p), to, K::NR, whole) };
                     }
                 }
             });
@@ -266,10 +279,61 @@ impl Product {
                         let from = self.b.at(k.start, columns.start + p * K::NR + v);
                         let rows = (width(p) - v).min(K::LANES);
                         // SAFETY: each panel is written by one task.
-                        unsafe { s.transpose(from, self.b.col, rows, k.len(), to.skip(p, 0).ptr.add(v), K::NR) };
+                        unsafe { self.transpose(s, from, self.b.col, rows, k.len(), to.skip(p, 0).ptr.add(v), K::NR) };
                     }
                 }
             });
+        }
+    }
+
+    /// [`Kernel::copy`], or as pairs of rows.
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn copy<K: Kernel>(
+        &self,
+        s: K,
+        from: *const f32,
+        from_step: usize,
+        rows: usize,
+        cols: usize,
+        to: *mut f32,
+        to_step: usize,
+        width: usize,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if self.pairs {
+                s.pair_rows(from, from_step, rows, cols, to, to_step, width)
+            } else {
+                s.copy(from, from_step, rows, cols, to, to_step, width)
+            }
+        }
+    }
+
+    /// [`Kernel::transpose`] of at most [`Kernel::LANES`] rows, or of their pairs of columns.
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn transpose<K: Kernel>(
+        &self,
+        s: K,
+        from: *const f32,
+        from_step: usize,
+        rows: usize,
+        cols: usize,
+        to: *mut f32,
+        to_step: usize,
+    ) {
+        // SAFETY: the caller's promise; the stack holds `LANES` rows of a piece.
+        unsafe {
+            if !self.pairs {
+                return s.transpose(from, from_step, rows, cols, to, to_step);
+            }
+            const { assert!(K::LANES * PAIRED_COLS / 2 <= ON_STACK) };
+            let mut stack = Stack([MaybeUninit::uninit(); ON_STACK]);
+            let paired = stack.0.as_mut_ptr().cast::<f32>();
+            for c in (0..cols).step_by(PAIRED_COLS) {
+                let n = (cols - c).min(PAIRED_COLS);
+                s.pair_cols(from.add(c), from_step, rows, n, paired, PAIRED_COLS / 2);
+                s.transpose(paired, PAIRED_COLS / 2, rows, n.div_ceil(2), to.add(c / 2 * to_step), to_step);
+            }
         }
     }
 
@@ -301,19 +365,19 @@ impl Product {
 
     /// One task: a block of the result.
     unsafe fn block<K: Kernel>(&self, s: K, b: Panels, k: Range<usize>, rows: Range<usize>, columns: Range<usize>) {
-        let pieces = k.len().div_ceil(KC).max(1);
+        let pieces = self.packed_steps(k.len()).div_ceil(KC).max(1);
         let kc = k.len().div_ceil(pieces).next_multiple_of(4);
-        let packed = columns.len() > PACK_A_COLS;
+        let packed = columns.len() > PACK_A_COLS || self.pairs;
         let body = |buffer: *mut f32| {
             for i in 0..pieces {
                 let depth = piece(i, kc, k.len());
                 let first = k.start + depth.start;
                 let start = if first == 0 { self.start } else { Start::Accumulate };
-                let b = b.skip(0, depth.start);
+                let b = b.skip(0, self.packed_steps(depth.start));
                 // SAFETY: the buffer holds the rows of a to this depth.
                 unsafe {
                     let a = if packed {
-                        let panel = K::MR * depth.len() + K::LANES;
+                        let panel = K::MR * self.packed_steps(depth.len()) + K::LANES;
                         self.pack_a(s, buffer, panel, first..first + depth.len(), rows.clone());
                         PanelsOfA { ptr: buffer, panel, step: K::MR, along_k: false }
                     } else {
@@ -350,14 +414,14 @@ impl Product {
                 let height = (rows.end - i).min(K::MR);
                 // SAFETY: what a row spills past its end is written again by the next, or room.
                 unsafe {
-                    let (from, to) = (self.a.at(i, k.start + d), to.add(p * panel + d * K::MR));
+                    let (from, to) = (self.a.at(i, k.start + d), to.add(p * panel + self.packed_steps(d) * K::MR));
                     if along_k {
                         for v in (0..height).step_by(K::LANES) {
                             let rows = (height - v).min(K::LANES);
-                            s.transpose(from.add(v * self.a.row), self.a.row, rows, depth, to.add(v), K::MR);
+                            self.transpose(s, from.add(v * self.a.row), self.a.row, rows, depth, to.add(v), K::MR);
                         }
                     } else {
-                        s.copy(from, self.a.col, depth, height, to, K::MR, height.next_multiple_of(K::LANES));
+                        self.copy(s, from, self.a.col, depth, height, to, K::MR, height.next_multiple_of(K::LANES));
                     }
                 }
             }
@@ -385,7 +449,7 @@ impl Product {
                     a_step: a.step,
                     b: b.ptr.wrapping_add(q * b.panel),
                     b_step: b.step,
-                    k,
+                    k: self.packed_steps(k),
                     c: self.c.wrapping_add(if self.across { j * self.c_step + i } else { i * self.c_step + j }),
                     c_step: self.c_step,
                     cols: (columns.end - j).min(K::NR),
@@ -393,11 +457,10 @@ impl Product {
                 };
                 // SAFETY: the caller's promise.
                 unsafe {
-                    if self.across {
-                        tile_across(s, height, a.along_k, &tile);
-                    } else {
-                        s.tile(height, a.along_k, &tile);
-                    }
+                    let compute = |tile: &Tile| {
+                        if self.pairs { s.pair_tile(height, tile) } else { s.tile(height, a.along_k, tile) }
+                    };
+                    if self.across { tile_across(s, height, &tile, compute) } else { compute(&tile) }
                 }
             }
         }
@@ -492,14 +555,14 @@ impl Product {
 }
 
 /// A tile whose result is stored transposed.
-unsafe fn tile_across<K: Kernel>(s: K, rows: usize, along_k: bool, t: &Tile) {
+unsafe fn tile_across<K: Kernel>(s: K, rows: usize, t: &Tile, compute: impl Fn(&Tile)) {
     const { assert!(K::MR <= K::LANES && K::MR * K::NR <= ON_STACK / 2 && K::LANES * K::NR <= ON_STACK / 2) };
     let mut stack = Stack([MaybeUninit::uninit(); ON_STACK]);
     let tile = stack.0.as_mut_ptr().cast::<f32>();
     let columns = tile.wrapping_add(ON_STACK / 2);
     // SAFETY: the caller's promise; both buffers hold a tile.
     unsafe {
-        s.tile(rows, along_k, &Tile { c: tile, c_step: K::NR, start: Start::Zero, ..*t });
+        compute(&Tile { c: tile, c_step: K::NR, start: Start::Zero, ..*t });
         s.transpose(tile, K::NR, rows, t.cols, columns, K::LANES);
         s.add_rows(columns, t.cols, rows, t.c, t.c_step, t.start);
     }
