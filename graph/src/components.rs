@@ -8,6 +8,7 @@ use std::sync::Arc;
 use crate::diagnostic::Span;
 use crate::op::{Op, Parameter};
 use crate::optimizer::Optimizer;
+use crate::types::DType;
 use crate::world::ValueId;
 
 /// Of nodes: the path of row names. Of values: what people call it.
@@ -71,9 +72,8 @@ pub struct Options {
     pub seed: u64,
     /// Whether the model is trained: backward pass, update, dropout.
     pub training: bool,
-    /// For decoding: every op that looks back keeps a state and takes one token at a time (`block` is 1); a state that
-    /// grows with the context has room for so many tokens.
-    pub recurrent: Option<usize>,
+    /// For generation: every op that looks back continues a state. See [`Recurrence`].
+    pub recurrent: Option<Recurrence>,
 }
 
 /// Resource: the most bytes that activations and gradients may take.
@@ -110,6 +110,26 @@ impl fmt::Display for Precision {
         })
     }
 }
+
+/// A program that takes sequences piece by piece. It has three more inputs, `i32[batch]`: `slots`, where the states of the
+/// sequences lie in a pool; `positions`, the tokens that each had before (at 0 its state counts as empty); `lengths`, how
+/// many of `block` tokens of each count, 0 for a sequence that rests. With a `block` of 1 it decodes, with a longer one it
+/// takes in prompts; programs of equal slots and capacity can share a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Recurrence {
+    /// Sequences that the pool has room for.
+    pub slots: usize,
+    /// Tokens of a sequence that a state which grows with the context has room for.
+    pub capacity: usize,
+    /// Whether the logits are wanted, or the states alone.
+    pub logits: bool,
+    /// The element type of the large parameters: `f32` or `bf16`.
+    pub weights: DType,
+}
+
+/// Resource: the most tokens that a sequence can have in a recurrent program, where there is such a limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TokenLimit(pub Option<usize>);
 
 /// Resource: the loss and other figures, each an op of (logits, targets) with a name. The first is the loss.
 #[derive(Clone, Default)]

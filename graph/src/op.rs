@@ -11,7 +11,7 @@ use std::sync::Arc;
 use dataflow_kernels::device::{Kernel, Target};
 use dataflow_kernels::expression::{Instruction, Program};
 
-use crate::components::{Options, Precision};
+use crate::components::{Options, Precision, Recurrence};
 use crate::elementwise;
 use crate::gradient::Gradient;
 use crate::initializer::Initializer;
@@ -168,14 +168,16 @@ impl dyn Op {
     }
 }
 
-/// The form of an op that takes one token at a time and keeps a state.
+/// The form of an op that continues a state, see [`Recurrence`].
 #[derive(Clone, Debug)]
 pub struct Recurrent {
-    /// What it does. Its inputs are those of the op, parameters included, then the states; its outputs are those that
-    /// a row names, then the states, which it [`updates`](Op::updates).
+    /// What it does. Its inputs are those of the op, parameters included, then the states, then `slots`, `positions` and
+    /// `lengths`; its outputs are those that a row names, then the states, which it [`updates`](Op::updates).
     pub op: Arc<dyn Op>,
-    /// Name and type of each state; all are 0 before the first token.
+    /// Name and type of each state, with a slot for each sequence of the pool in its first dimension.
     pub states: Vec<(&'static str, TensorType)>,
+    /// The most tokens that a sequence can have, if there is such a limit.
+    pub limit: Option<usize>,
 }
 
 /// A registered kind of node.
@@ -200,6 +202,12 @@ pub trait Op: Any + fmt::Debug + Send + Sync + 'static {
     /// What does not fit.
     fn parameters(&self, _inputs: &[TensorType]) -> Result<Vec<Parameter>, OpError> {
         Ok(Vec::new())
+    }
+
+    /// Whether the kernels take this one of the [`parameters`](Self::parameters) in `bf16` too, for generation with fewer
+    /// bytes to read.
+    fn narrow(&self, _parameter: usize) -> bool {
+        false
     }
 
     /// For an elementwise op of `inputs` inputs: what it computes.
@@ -283,12 +291,11 @@ pub trait Op: Any + fmt::Debug + Send + Sync + 'static {
         None
     }
 
-    /// The form for decoding, given the types of the data inputs at one token, `[B, 1, ..]`; `capacity` is the number
-    /// of tokens that a state which grows with the context must hold. `None` where no token depends on others.
+    /// The form for generation, given the types of the data inputs. `None` where no token depends on others.
     ///
     /// # Errors
     /// What does not fit.
-    fn recurrent(&self, _inputs: &[TensorType], _capacity: usize) -> Result<Option<Recurrent>, OpError> {
+    fn recurrent(&self, _inputs: &[TensorType], _recurrence: &Recurrence) -> Result<Option<Recurrent>, OpError> {
         Ok(None)
     }
 

@@ -7,7 +7,7 @@ use dataflow_kernels::device::{Launch, Operand, Region, Target};
 
 use crate::build::types_of;
 use crate::components::{
-    Inputs, Name, OpRef, Options, Outputs, ParameterOf, Parameters, Phase, Place, Precision, States,
+    Inputs, Name, OpRef, Options, Outputs, ParameterOf, Parameters, Phase, Place, Precision, States, TokenLimit,
 };
 use crate::diagnostic::{Diagnostic, Errors, Span};
 use crate::op::{Cost, NodeView, Parameter};
@@ -81,6 +81,8 @@ pub struct Plan {
     pub parameters: Vec<PlannedParameter>,
     /// What recomputation bought, where there was a memory budget.
     pub rematerialized: Option<Rematerialized>,
+    /// The most tokens that a sequence can have in a recurrent program, if there is such a limit.
+    pub token_limit: Option<usize>,
 }
 
 impl Plan {
@@ -132,6 +134,7 @@ impl Plan {
             outputs: ports(&world.resource::<Outputs>().cloned().unwrap_or_default().0),
             states: ports(&world.resource::<States>().cloned().unwrap_or_default().0),
             rematerialized: world.resource::<Rematerialized>().copied(),
+            token_limit: world.resource::<TokenLimit>().and_then(|limit| limit.0),
             parameters: parameters
                 .into_iter()
                 .map(|value| PlannedParameter {
@@ -157,6 +160,22 @@ impl Plan {
     /// Bytes of a region.
     pub fn bytes(&self, region: Region) -> usize {
         self.layout.bytes[Region::ALL.iter().position(|r| *r == region).expect("every region is listed")]
+    }
+
+    /// Whether a program of another plan finds its tensors in this plan's parameters or states.
+    pub fn shares(&self, other: &Plan, region: Region) -> bool {
+        let parameters = |plan: &Plan| -> Vec<(String, Operand)> {
+            plan.parameters.iter().map(|p| (p.parameter.name.clone(), p.port.operand.clone())).collect()
+        };
+        let states = |plan: &Plan| -> Vec<(String, Operand)> {
+            plan.states.iter().map(|(name, port)| (name.clone(), port.operand.clone())).collect()
+        };
+        self.bytes(region) == other.bytes(region)
+            && match region {
+                Region::Parameters => parameters(self) == parameters(other),
+                Region::State => states(self) == states(other),
+                _ => false,
+            }
     }
 
     /// Number of trained numbers, tied ones once.

@@ -3,7 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use dataflow_kernels::device::{Buffer, Device, DeviceError, Element, Program, Region, as_bytes, as_bytes_mut};
+use dataflow_kernels::device::{
+    Bf16, Buffer, DType, Device, DeviceError, Element, Program, Region, as_bytes, as_bytes_mut,
+};
 
 use crate::compile::Compiled;
 use crate::diagnostic::{Diagnostic, Errors};
@@ -24,26 +26,34 @@ impl Session {
     /// # Errors
     /// A node without a kernel for the device, or no memory left.
     pub fn new(device: Arc<dyn Device>, compiled: &Compiled, parameters_of: Option<&Session>) -> Result<Self, Errors> {
+        Self::sharing(device, compiled, parameters_of, None)
+    }
+
+    /// As [`new`](Self::new); with `states_of`, states are shared with that session too: a program that decodes goes on
+    /// where one that took in the prompt has ended.
+    ///
+    /// # Errors
+    /// As `new`, and where parameters or states of the two programs differ.
+    pub fn sharing(
+        device: Arc<dyn Device>,
+        compiled: &Compiled,
+        parameters_of: Option<&Session>,
+        states_of: Option<&Session>,
+    ) -> Result<Self, Errors> {
         let plan = compiled.plan.clone();
         let launches = lower(&compiled.world, &plan, device.target())?;
         let to_errors = |e: DeviceError| Errors::from(Diagnostic::new(e.to_string()));
         let mut buffers = Vec::with_capacity(4);
         for region in Region::ALL {
-            buffers.push(match parameters_of {
-                Some(other) if region == Region::Parameters => {
-                    let same = other.plan.parameters.len() == plan.parameters.len()
-                        && other
-                            .plan
-                            .parameters
-                            .iter()
-                            .zip(&plan.parameters)
-                            .all(|(a, b)| a.parameter.name == b.parameter.name && a.port.operand == b.port.operand);
-                    if !same {
-                        return Err(Diagnostic::new("the two programs do not have the same parameters").into());
-                    }
-                    other.buffer(region).clone()
-                }
-                _ => device.allocate(plan.bytes(region)).map_err(to_errors)?,
+            let other = match region {
+                Region::Parameters => parameters_of,
+                Region::State => states_of,
+                _ => None,
+            };
+            buffers.push(match other {
+                Some(other) if plan.shares(&other.plan, region) => other.buffer(region).clone(),
+                Some(_) => return Err(Diagnostic::new(format!("the two programs differ in their {region:?}")).into()),
+                None => device.allocate(plan.bytes(region)).map_err(to_errors)?,
             });
         }
         let buffers: [Buffer; 4] = buffers.try_into().expect("one buffer for each region");
@@ -80,9 +90,20 @@ impl Session {
                 diagnostic.span = planned.place.clone();
                 diagnostic
             })?;
-            self.write(port, &values);
+            self.write_real(port, &values);
         }
         Ok(())
+    }
+
+    /// Copies numbers to a tensor of `f32` or, rounded, of `bf16`.
+    ///
+    /// # Panics
+    /// If their number is not the tensor's, or it is a tensor of integers.
+    pub fn write_real(&self, port: &Port, values: &[f32]) {
+        match port.tensor.dtype {
+            DType::Bf16 => self.write(port, &values.iter().map(|x| Bf16::from_f32(*x)).collect::<Vec<_>>()),
+            _ => self.write(port, values),
+        }
     }
 
     /// Copies numbers to a tensor.

@@ -64,6 +64,7 @@ fn sound() -> Plan {
         states: BTreeMap::new(),
         parameters: vec![],
         rematerialized: None,
+        token_limit: None,
     }
 }
 

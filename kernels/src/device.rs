@@ -37,6 +37,8 @@ pub enum DType {
     F32,
     /// Token ids, targets and counters.
     I32,
+    /// The upper half of an IEEE single.
+    Bf16,
 }
 
 impl DType {
@@ -44,6 +46,7 @@ impl DType {
     pub fn size(self) -> usize {
         match self {
             DType::F32 | DType::I32 => 4,
+            DType::Bf16 => 2,
         }
     }
 }
@@ -53,6 +56,7 @@ impl fmt::Display for DType {
         f.write_str(match self {
             DType::F32 => "f32",
             DType::I32 => "i32",
+            DType::Bf16 => "bf16",
         })
     }
 }
@@ -276,14 +280,40 @@ impl Element for i32 {
     const DTYPE: DType = DType::I32;
 }
 
+/// A number of the type `bf16`: the upper 16 bits of a single.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Bf16(pub u16);
+
+impl Bf16 {
+    /// The nearest one, halfway to even.
+    pub fn from_f32(x: f32) -> Self {
+        let bits = x.to_bits();
+        if x.is_nan() {
+            return Self((bits >> 16) as u16 | 0x40); // rounding might make an infinity of it
+        }
+        let round = 0x7fff + ((bits >> 16) & 1);
+        Self((bits.wrapping_add(round) >> 16) as u16)
+    }
+
+    /// The number.
+    pub fn to_f32(self) -> f32 {
+        f32::from_bits(u32::from(self.0) << 16)
+    }
+}
+
+impl Element for Bf16 {
+    const DTYPE: DType = DType::Bf16;
+}
+
 /// The bytes of a slice of numbers.
 pub fn as_bytes<T: Element>(data: &[T]) -> &[u8] {
-    // SAFETY: f32 and i32 have no padding and any alignment is right for u8.
+    // SAFETY: f32, i32 and Bf16 have no padding and any alignment is right for u8.
     unsafe { std::slice::from_raw_parts(data.as_ptr().cast(), std::mem::size_of_val(data)) }
 }
 
 /// The bytes of a slice of numbers, for writing.
 pub fn as_bytes_mut<T: Element>(data: &mut [T]) -> &mut [u8] {
-    // SAFETY: as above, and every bit pattern is an f32 or i32.
+    // SAFETY: as above, and every bit pattern is an f32, i32 or Bf16.
     unsafe { std::slice::from_raw_parts_mut(data.as_mut_ptr().cast(), std::mem::size_of_val(data)) }
 }

@@ -4,7 +4,7 @@
 mod golden;
 
 use dataflow_kernels::cpu::retention::{
-    Dims, chunk_backward, chunk_final_state, chunk_forward, chunk_states_len, parallel_backward, parallel_forward, step,
+    Dims, chunk_backward, chunk_forward, chunk_states_len, extend, parallel_backward, parallel_forward,
 };
 use dataflow_kernels::{Rows, RowsMut};
 use golden::{assert_close, cases};
@@ -152,32 +152,38 @@ fn long_sequences() {
 }
 
 #[test]
-fn steps_equal_the_chunk_form() {
+fn any_pieces_equal_the_chunk_form() {
     for dims in SIZES {
         let Dims { batch, time, heads, key_dim, value_dim } = dims;
         let [q, k, v, dy] = &inputs(dims, 1.0);
         let want = &naive(Form::Chunk, dims, [q, k, v, dy])[0];
-        let mut state = vec![0.0; batch * heads * key_dim * value_dim];
-        let mut scale = vec![0.0; heads];
-        let mut got = vec![f32::NAN; want.len()];
-        for t in 0..time {
-            // every time-th row, from t on
-            let [q, k, v] = [(q, key_dim), (k, key_dim), (v, value_dim)]
-                .map(|(x, dim)| Rows::new(&x[t * heads * dim..], batch, heads * dim, time * heads * dim));
-            let y = RowsMut::new(&mut got[t * heads * value_dim..], batch, heads * value_dim, time * heads * value_dim);
-            let one = Dims { time: 1, ..dims };
-            step(one, q, k, v, &mut state, &mut scale, y);
+        for pieces in [vec![1], vec![67, 1, 5], vec![time]] {
+            let mut state = vec![0.0; batch * heads * key_dim * value_dim];
+            let mut got = vec![f32::NAN; want.len()];
+            let mut t = 0;
+            for len in pieces.iter().copied().cycle() {
+                let len = len.min(time - t);
+                if len == 0 {
+                    break;
+                }
+                // rows t.. of every sequence, one after the other
+                let part = |x: &[f32], dim: usize| -> Vec<f32> {
+                    let sequences = x.chunks_exact(time * heads * dim);
+                    sequences.flat_map(|x| x[t * heads * dim..(t + len) * heads * dim].to_vec()).collect()
+                };
+                let [q, k, v] = [(q, key_dim), (k, key_dim), (v, value_dim)].map(|(x, dim)| part(x, dim));
+                let [q, k, v] =
+                    [(&q, key_dim), (&k, key_dim), (&v, value_dim)].map(|(x, dim)| Rows::contiguous(x, heads * dim));
+                let mut y = vec![f32::NAN; batch * len * heads * value_dim];
+                let rows = RowsMut::contiguous(&mut y, heads * value_dim);
+                extend(Dims { time: len, ..dims }, t, q, k, v, &mut state, rows);
+                for (b, y) in y.chunks_exact(len * heads * value_dim).enumerate() {
+                    got[(b * time + t) * heads * value_dim..][..y.len()].copy_from_slice(y);
+                }
+                t += len;
+            }
+            assert_close(&format!("{dims:?} in pieces of {pieces:?}"), &got, want, 1e-5);
         }
-        assert_close(&format!("{dims:?}"), &got, want, 1e-5);
-
-        let (mut y, mut states) = (got, vec![f32::NAN; chunk_states_len(dims)]);
-        let [q, k, v] =
-            [(q, key_dim), (k, key_dim), (v, value_dim)].map(|(x, dim)| Rows::contiguous(x.as_slice(), heads * dim));
-        chunk_forward(dims, q, k, v, RowsMut::contiguous(&mut y, heads * value_dim), &mut states);
-        let (mut last, mut last_scale) = (vec![f32::NAN; state.len()], vec![f32::NAN; heads]);
-        chunk_final_state(dims, &states, &mut last, &mut last_scale);
-        assert_close("state", &last, &state, 1e-5);
-        assert_close("scale", &last_scale, &scale, 1e-5);
     }
 }
 
@@ -287,10 +293,9 @@ fn speed() {
         }
         let dims = Dims { batch: 4, time: 1, heads: 8, key_dim: 64, value_dim: 128 };
         let [q, k, v, _] = &inputs(dims, 1.0);
-        let (mut state, mut scale, mut y) = (vec![0.0; 32 * 64 * 128], vec![0.0; 8], vec![0.0; 4 * 8 * 128]);
+        let (mut state, mut y) = (vec![0.0; 32 * 64 * 128], vec![0.0; 4 * 8 * 128]);
         let [q, k, v] = [(q, 64), (k, 64), (v, 128)].map(|(x, dim)| Rows::contiguous(x.as_slice(), 8 * dim));
-        let t =
-            pool.install(|| best(|| step(dims, q, k, v, &mut state, &mut scale, RowsMut::contiguous(&mut y, 8 * 128))));
+        let t = pool.install(|| best(|| extend(dims, 9, q, k, v, &mut state, RowsMut::contiguous(&mut y, 8 * 128))));
         println!("{threads} threads step {dims:?}: {:.1} us, {:.1} GB/s", t * 1e6, 8.0 * state.len() as f64 / t / 1e9);
     }
 }

@@ -3,6 +3,7 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
+use dataflow_graph::components::Recurrence;
 use dataflow_graph::format::number::{Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::op::{Cost, NodeView, Op, OpError, Recurrent};
@@ -14,7 +15,7 @@ use dataflow_kernels::random::Keep;
 use serde::{Deserialize, Serialize};
 
 use crate::elementwise::{check_probability, site_of};
-use crate::recurrent::{counter, next_position, one_token};
+use crate::recurrent::Continuation;
 use crate::sequence::{head_dim, same, sizes};
 
 /// `y_i = sum over j <= i of softmax_j(D^-1/2 q_i . k_j) v_j` in every head; q, k, v, y `[B, T, heads D]`. The
@@ -77,21 +78,25 @@ impl Op for CausalAttention {
             })),
         }
     }
-    /// Keys and values of all tokens so far are kept, `capacity` of them at most.
-    fn recurrent(&self, inputs: &[TensorType], capacity: usize) -> Result<Option<Recurrent>, OpError> {
-        let Dims { batch, heads, .. } = self.dims(&inputs[0])?;
-        let cache = TensorType::f32([batch * capacity, inputs[0].cols()]);
-        let states = vec![("keys", cache.clone()), ("values", cache), counter()];
-        Ok(Some(one_token("CausalAttention", 3, vec![inputs[0].clone()], states, move |a| {
-            let position = next_position(a, 3, capacity)?;
-            let (k, v) = (a.rows::<f32>(1), a.rows::<f32>(2));
-            let (mut keys, mut values) = (a.rows_mut::<f32>(1), a.rows_mut::<f32>(2));
-            for b in 0..batch {
-                keys.row(b * capacity + position).copy_from_slice(k.row(b));
-                values.row(b * capacity + position).copy_from_slice(v.row(b));
+    /// Keys and values of all tokens so far are kept, as many as the capacity allows.
+    fn recurrent(&self, inputs: &[TensorType], recurrence: &Recurrence) -> Result<Option<Recurrent>, OpError> {
+        let Dims { time, heads, .. } = self.dims(&inputs[0])?;
+        let cache = TensorType::f32([recurrence.slots, recurrence.capacity, inputs[0].cols()]);
+        let form = Continuation {
+            op: self,
+            recurrence,
+            inputs: 3,
+            time,
+            results: vec![inputs[0].clone()],
+            states: vec![("keys", cache.clone()), ("values", cache)],
+            limit: Some(recurrence.capacity),
+            cache: true,
+        };
+        Ok(Some(form.on_cpu(move |[q, k, v], s, [y], [mut keys, mut values]| {
+            for (cache, new) in [(&mut keys, s.of(*k)), (&mut values, s.of(*v))] {
+                (0..s.len).for_each(|t| cache.row(s.position + t).copy_from_slice(new.row(t)));
             }
-            attention::decode(heads, position + 1, a.rows(0), keys.as_rows(), values.as_rows(), a.rows_mut(0));
-            Ok(())
+            attention::extend(heads, s.position, s.of(*q), keys.as_rows(), values.as_rows(), y);
         })))
     }
     fn strided(&self) -> bool {

@@ -3,6 +3,7 @@
 use std::ops::RangeInclusive;
 
 use dataflow_graph::builtin::Elementwise;
+use dataflow_graph::components::Recurrence;
 use dataflow_graph::format::number::{Flag, Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::Initializer;
@@ -10,14 +11,14 @@ use dataflow_graph::op::{Cost, NodeView, Op, OpError, Parameter, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::systems::compound::Decomposition;
 use dataflow_graph::types::TensorType;
+use dataflow_kernels::Rows;
 use dataflow_kernels::cpu::conv1d::{self, Conv, MAX_TAPS};
 use dataflow_kernels::cpu::threads::with_scratch;
 use dataflow_kernels::device::{Kernel, Target};
-use dataflow_kernels::{Rows, RowsMut};
 use serde::{Deserialize, Serialize};
 
 use crate::elementwise::Activation;
-use crate::recurrent::one_token;
+use crate::recurrent::{Continuation, flat, flat_mut};
 use crate::sequence::sizes;
 
 fn yes() -> Flag {
@@ -91,22 +92,26 @@ impl Op for CausalConv1d {
             })),
         }
     }
-    fn recurrent(&self, inputs: &[TensorType], _: usize) -> Result<Option<Recurrent>, OpError> {
-        let ((batch, _, channels), width) = (sizes(&inputs[0])?, *self.width);
+    fn recurrent(&self, inputs: &[TensorType], recurrence: &Recurrence) -> Result<Option<Recurrent>, OpError> {
+        let ((_, time, channels), width) = (sizes(&inputs[0])?, *self.width);
         let (bias, silu) = (*self.bias, self.activation == Activation::Silu);
-        let len = batch * (width - 1) * channels;
-        let window = ("window", TensorType::f32([batch * (width - 1), channels]));
-        let inputs_and_parameters = 2 + usize::from(bias);
-        Ok(Some(one_token("CausalConv1d", inputs_and_parameters, vec![inputs[0].clone()], vec![window], move |a| {
-            let conv = Conv { weight: a.slice(1), bias: bias.then(|| a.slice(2)), silu };
-            let window = a.slice_mut::<f32>(1);
+        let form = Continuation {
+            op: self,
+            recurrence,
+            inputs: 2 + usize::from(bias),
+            time,
+            results: vec![inputs[0].clone()],
+            states: vec![("window", TensorType::f32([recurrence.slots, width - 1, channels]))],
+            limit: None,
+            cache: false,
+        };
+        Ok(Some(form.on_cpu(move |[x, weight, b], s, [y], [mut window]| {
+            let conv = Conv { weight: flat(weight), bias: bias.then(|| flat(b)), silu };
             // the kernel reads the old window while it writes the new one
-            with_scratch(len, |old| {
-                old.copy_from_slice(window);
-                let (old, new) = (Rows::contiguous(old, channels), RowsMut::contiguous(window, channels));
-                conv1d::forward(conv, a.rows(0), 1, Some(old), a.rows_mut(0), Some(new));
+            with_scratch((width - 1) * channels, |old| {
+                old.copy_from_slice(flat_mut(&mut window));
+                conv1d::forward(conv, s.of(*x), s.len, Some(Rows::contiguous(old, channels)), y, Some(window));
             });
-            Ok(())
         })))
     }
     fn strided(&self) -> bool {

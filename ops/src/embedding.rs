@@ -3,6 +3,7 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
+use dataflow_graph::components::Recurrence;
 use dataflow_graph::format::number::{Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::Initializer;
@@ -15,7 +16,7 @@ use dataflow_kernels::device::{Kernel, KernelError, Target};
 use serde::{Deserialize, Serialize};
 
 use crate::norm::is_sum;
-use crate::recurrent::{counter, next_position, one_token};
+use crate::recurrent::Continuation;
 
 fn normal() -> Initializer {
     Initializer::Normal { std: Real(0.02) }
@@ -52,9 +53,15 @@ impl Op for Embedding {
         let dw = g.emit(EmbeddingGradient { rows: *self.rows, adding: false }, &[tokens, dy])?[0];
         g.set(1, dw)
     }
-    fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+    fn narrow(&self, _: usize) -> bool {
+        true
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
             Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cpu if node.inputs[1].dtype == DType::Bf16 => Ok(Kernel::cpu(|a| {
+                embedding::forward_narrow(a.slice(0), a.rows(1), a.rows_mut(0)).map_err(|e| KernelError(e.to_string()))
+            })),
             Target::Cpu => Ok(Kernel::cpu(|a| {
                 embedding::forward(a.slice(0), a.slice(1), a.rows_mut(0)).map_err(|e| KernelError(e.to_string()))
             })),
@@ -159,12 +166,14 @@ impl Op for PositionEmbedding {
             })),
         }
     }
-    fn recurrent(&self, _: &[TensorType], _: usize) -> Result<Option<Recurrent>, OpError> {
-        let (rows, result) = (*self.rows, TensorType::f32([1, *self.dim]));
-        Ok(Some(one_token("PositionEmbedding", 2, vec![result], vec![counter()], move |a| {
-            let position = next_position(a, 1, rows)?;
-            copy_rows(a.rows(1).slice_rows(position, position + 1), a.rows_mut(0));
-            Ok(())
+    fn recurrent(&self, inputs: &[TensorType], recurrence: &Recurrence) -> Result<Option<Recurrent>, OpError> {
+        let (time, limit) = (inputs[0].cols(), Some(*self.rows));
+        let mut shape = inputs[0].shape.clone();
+        shape.push(*self.dim);
+        let results = vec![TensorType::f32(shape)];
+        let form = Continuation { op: self, recurrence, inputs: 2, time, results, states: vec![], limit, cache: false };
+        Ok(Some(form.on_cpu(move |[_, table], s, [y], []| {
+            copy_rows(table.slice_rows(s.position, s.position + s.len), y);
         })))
     }
     fn strided(&self) -> bool {

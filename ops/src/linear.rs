@@ -11,8 +11,9 @@ use dataflow_graph::initializer::Initializer;
 use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::systems::compound::Decomposition;
-use dataflow_graph::types::TensorType;
+use dataflow_graph::types::{DType, TensorType};
 use dataflow_kernels::cpu::matmul::{Init, Mat, matmul, matmul_bf16, matmul_on_this_thread};
+use dataflow_kernels::cpu::matvec::{self, Weights};
 use dataflow_kernels::cpu::reduce::copy_rows;
 use dataflow_kernels::device::{Kernel, Target};
 use dataflow_kernels::{Rows, RowsMut};
@@ -59,6 +60,9 @@ impl Op for Linear {
         }
         Ok(parameters)
     }
+    fn narrow(&self, parameter: usize) -> bool {
+        parameter == 0
+    }
     fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
         let (x, weight) = (g.input(0), g.input(1));
         let Some(dy) = g.output_gradient(0) else { return Ok(()) };
@@ -88,8 +92,15 @@ impl Op for Linear {
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (bias, product) = (node.inputs.len() > 2, product_in(node.precision));
+        let narrow = node.inputs[1].dtype == DType::Bf16;
+        let few = node.inputs[0].rows() <= matvec::MOST_ROWS && node.precision == Precision::F32;
         match target {
             Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cpu if narrow || few => Ok(Kernel::cpu(move |a| {
+                let weights = if narrow { Weights::Bf16(a.rows(1)) } else { Weights::F32(a.rows(1)) };
+                matvec::product(a.rows(0), weights, bias.then(|| a.slice(2)), a.rows_mut(0));
+                Ok(())
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let init = if bias { Init::Bias(a.slice(2)) } else { Init::Zero };
                 product(a.rows_mut(0), Mat::Normal(a.rows(0)), Mat::Transposed(a.rows(1)), init);

@@ -3,16 +3,18 @@
 
 use std::ops::RangeInclusive;
 
+use dataflow_graph::components::Recurrence;
 use dataflow_graph::format::number::{Flag, Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::op::{Cost, NodeView, Op, OpError, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
+use dataflow_kernels::cpu::threads::with_scratch;
 use dataflow_kernels::cpu::{gla, retention, wkv};
 use dataflow_kernels::device::{Kernel, Target};
 use serde::{Deserialize, Serialize};
 
-use crate::recurrent::one_token;
+use crate::recurrent::{Continuation, flat, flat_mut};
 use crate::sequence::{head_dim, same, sizes};
 
 /// Rows of a chunk, for estimates of work.
@@ -24,6 +26,18 @@ fn work(node: &NodeView<'_>, keys: &TensorType, values: &TensorType, heads: usiz
     let states = 2.0 * dk * dv / heads as f64;
     let within = CHUNK * (dk + dv) / 2.0;
     Cost { flops: products * rows * (2.0 * states + 2.0 * within), bytes: node.bytes() }
+}
+
+/// The recurrent form of an op with a matrix state `[heads, Dk, Dv]`, given the number of its inputs and tokens.
+fn continuing<'a>(
+    op: &'a dyn Op,
+    recurrence: &'a Recurrence,
+    (inputs, time): (usize, usize),
+    result: &TensorType,
+    [heads, dk, dv]: [usize; 3],
+) -> Continuation<'a> {
+    let states = vec![("state", TensorType::f32([recurrence.slots, heads, dk, dv]))];
+    Continuation { op, recurrence, inputs, time, results: vec![result.clone()], states, limit: None, cache: false }
 }
 
 /// A tensor of `len` elements that the forward pass keeps for the backward pass.
@@ -77,14 +91,20 @@ impl Op for Wkv {
             })),
         }
     }
-    fn recurrent(&self, inputs: &[TensorType], _: usize) -> Result<Option<Recurrent>, OpError> {
-        let (batch, _, cols) = sizes(&inputs[0])?;
+    fn recurrent(&self, inputs: &[TensorType], recurrence: &Recurrence) -> Result<Option<Recurrent>, OpError> {
+        let (_, time, cols) = sizes(&inputs[0])?;
         let dim = head_dim(cols, *self.heads)?;
-        let state = ("state", TensorType::f32([batch, *self.heads, dim, dim]));
-        Ok(Some(one_token("Wkv", 5, vec![inputs[0].clone()], vec![state], |a| {
-            let (y, state) = (a.rows_mut(0), a.slice_mut(1));
-            wkv::wkv_step(y, state, a.rows(0), a.rows(1), a.rows(2), a.slice(3), a.slice(4));
-            Ok(())
+        let form = continuing(self, recurrence, (5, time), &inputs[0], [*self.heads, dim, dim]);
+        Ok(Some(form.on_cpu(move |[r, k, v, decay, bonus], s, [y], [mut state]| {
+            let (r, k, v, decay, bonus) = (s.of(*r), s.of(*k), s.of(*v), flat(decay), flat(bonus));
+            let state = flat_mut(&mut state);
+            if s.len == 1 {
+                return wkv::wkv_step(y, state, r, k, v, decay, bonus);
+            }
+            with_scratch(state.len(), |initial| {
+                initial.copy_from_slice(state);
+                wkv::wkv_forward(y, r, k, v, decay, bonus, 1, Some(initial), Some(state), None);
+            });
         })))
     }
     fn strided(&self) -> bool {
@@ -226,14 +246,13 @@ impl Op for Retention {
         }
     }
     /// The published recurrent form, which has no row normaliser in either form.
-    fn recurrent(&self, inputs: &[TensorType], _: usize) -> Result<Option<Recurrent>, OpError> {
+    fn recurrent(&self, inputs: &[TensorType], recurrence: &Recurrence) -> Result<Option<Recurrent>, OpError> {
         let dims = self.dims(&inputs[0], &inputs[2])?;
-        let state = ("state", TensorType::f32([dims.batch, dims.heads, dims.key_dim, dims.value_dim]));
-        let scale = ("scale", TensorType::f32([dims.heads]));
-        Ok(Some(one_token("Retention", 3, vec![inputs[2].clone()], vec![state, scale], move |a| {
-            let (y, state, scale) = (a.rows_mut(0), a.slice_mut(1), a.slice_mut(2));
-            retention::step(dims, a.rows(0), a.rows(1), a.rows(2), state, scale, y);
-            Ok(())
+        let state = [dims.heads, dims.key_dim, dims.value_dim];
+        let form = continuing(self, recurrence, (3, dims.time), &inputs[2], state);
+        Ok(Some(form.on_cpu(move |[q, k, v], s, [y], [mut state]| {
+            let dims = retention::Dims { batch: 1, time: s.len, ..dims };
+            retention::extend(dims, s.position, s.of(*q), s.of(*k), s.of(*v), flat_mut(&mut state), y);
         })))
     }
     fn strided(&self) -> bool {
@@ -329,15 +348,20 @@ impl Op for GatedLinearAttention {
             })),
         }
     }
-    fn recurrent(&self, inputs: &[TensorType], _: usize) -> Result<Option<Recurrent>, OpError> {
-        let ((batch, _, keys), values) = (sizes(&inputs[0])?, inputs[2].cols());
+    fn recurrent(&self, inputs: &[TensorType], recurrence: &Recurrence) -> Result<Option<Recurrent>, OpError> {
+        let ((_, time, keys), values) = (sizes(&inputs[0])?, inputs[2].cols());
         let (heads, scale) = (*self.heads, self.scale());
-        let (dk, dv) = (head_dim(keys, heads)?, head_dim(values, heads)?);
-        let state = ("state", TensorType::f32([batch, heads, dk, dv]));
-        Ok(Some(one_token("GatedLinearAttention", 4, vec![inputs[2].clone()], vec![state], move |a| {
-            let (y, state) = (a.rows_mut(0), a.slice_mut(1));
-            gla::gla_step(y, state, a.rows(0), a.rows(1), a.rows(2), a.rows(3), scale, heads);
-            Ok(())
+        let state = [heads, head_dim(keys, heads)?, head_dim(values, heads)?];
+        let form = continuing(self, recurrence, (4, time), &inputs[2], state);
+        Ok(Some(form.on_cpu(move |[q, k, v, gate], s, [y], [mut state]| {
+            let (q, k, v, gate, state) = (s.of(*q), s.of(*k), s.of(*v), s.of(*gate), flat_mut(&mut state));
+            if s.len == 1 {
+                return gla::gla_step(y, state, q, k, v, gate, scale, heads);
+            }
+            with_scratch(state.len(), |initial| {
+                initial.copy_from_slice(state);
+                gla::gla_forward(y, q, k, v, gate, scale, 1, heads, Some(initial), Some(state), None);
+            });
         })))
     }
     fn strided(&self) -> bool {

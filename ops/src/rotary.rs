@@ -1,15 +1,17 @@
 //! Rotary position embedding, in LLaMA's and RetNet's forms.
 
+use dataflow_graph::components::Recurrence;
 use dataflow_graph::format::number::{Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::op::{Cost, NodeView, Op, OpError, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::rotary::{self, Direction, Rotation, rotate, rotate_in_place};
+use dataflow_kernels::cpu::threads::with_scratch;
 use dataflow_kernels::device::{Kernel, Target};
 use serde::{Deserialize, Serialize};
 
-use crate::recurrent::{counter, next_position, one_token};
+use crate::recurrent::Continuation;
 use crate::sequence::{head_dim, sizes};
 
 /// Which channels of a head turn together.
@@ -100,17 +102,19 @@ impl Op for Rotary {
     fn in_place(&self) -> Vec<(usize, usize)> {
         vec![(0, 0)]
     }
-    fn recurrent(&self, inputs: &[TensorType], capacity: usize) -> Result<Option<Recurrent>, OpError> {
+    fn recurrent(&self, inputs: &[TensorType], recurrence: &Recurrence) -> Result<Option<Recurrent>, OpError> {
         let (pairing, dim) = self.heads(&inputs[0])?;
-        let scale = self.scale.0 as f32;
-        let half = dim / 2;
-        let (cos, sin) = self.angles(pairing, dim, capacity);
-        Ok(Some(one_token("Rotary", 1, vec![inputs[0].clone()], vec![counter()], move |a| {
-            let position = next_position(a, 1, capacity)?;
-            let at = position * half..(position + 1) * half;
-            let rotation = Rotation { pairing, head_dim: dim, cos: &cos[at.clone()], sin: &sin[at], scale };
-            rotate(rotation, Direction::Forward, a.rows(0), a.rows_mut(0));
-            Ok(())
+        let (base, scale, half) = (self.base.0, self.scale.0 as f32, dim / 2);
+        let (_, time, _) = sizes(&inputs[0])?;
+        let results = vec![inputs[0].clone()];
+        let form =
+            Continuation { op: self, recurrence, inputs: 1, time, results, states: vec![], limit: None, cache: false };
+        Ok(Some(form.on_cpu(move |[x], s, [y], []| {
+            with_scratch(2 * s.len * half, |angles| {
+                let (cos, sin) = angles.split_at_mut(s.len * half);
+                rotary::angles(pairing, base, dim, s.position, cos, sin);
+                rotate(Rotation { pairing, head_dim: dim, cos, sin, scale }, Direction::Forward, s.of(*x), y);
+            });
         })))
     }
     fn strided(&self) -> bool {

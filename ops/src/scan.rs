@@ -3,6 +3,7 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
+use dataflow_graph::components::Recurrence;
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::{ElementFormula, Initializer};
 use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter, Recurrent};
@@ -14,7 +15,7 @@ use dataflow_kernels::device::{Kernel, Target};
 use serde::{Deserialize, Serialize};
 
 use crate::elementwise::{Activation, Gate};
-use crate::recurrent::one_token;
+use crate::recurrent::{Continuation, flat, flat_mut};
 use crate::sequence::{same, sizes};
 
 /// The Longhorn update, which solves online associative recall in closed form (arXiv:2407.14207):
@@ -74,6 +75,26 @@ fn merge_gate(pair: &Pair<'_>, scan: impl Op) -> Option<Merged> {
     Some(Merged { op: Arc::new(scan), inputs, outputs: vec![Of::Consumer(0)] })
 }
 
+/// The recurrent form of a scan whose first input is u.
+fn continuing<'a>(
+    op: &'a dyn Op,
+    recurrence: &'a Recurrence,
+    dims: Dims,
+    count: usize,
+    inputs: &[TensorType],
+) -> Continuation<'a> {
+    Continuation {
+        op,
+        recurrence,
+        inputs: count,
+        time: dims.time,
+        results: vec![inputs[0].clone()],
+        states: vec![("state", TensorType::f32([recurrence.slots, dims.state, dims.channels]))],
+        limit: None,
+        cache: false,
+    }
+}
+
 fn work(node: &NodeView<'_>, dims: Result<Dims, OpError>, per_element: f64) -> Cost {
     let elements = dims.map_or(0, |d| d.rows() * d.channels * d.state) as f64;
     Cost { flops: per_element * elements, bytes: node.bytes() }
@@ -116,15 +137,16 @@ impl Op for Longhorn {
             })),
         }
     }
-    fn recurrent(&self, inputs: &[TensorType], _: usize) -> Result<Option<Recurrent>, OpError> {
+    fn recurrent(&self, inputs: &[TensorType], recurrence: &Recurrence) -> Result<Option<Recurrent>, OpError> {
         let dims = dims(&inputs[0], &inputs[1])?;
-        let state = ("state", TensorType::f32([dims.batch * dims.state, dims.channels]));
-        Ok(Some(one_token("Longhorn", 5, vec![inputs[0].clone()], vec![state], move |a| {
-            let (u, q, k, dt, skip) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3), Some(a.slice(4)));
-            let inputs = longhorn::Inputs { u, dt, q, k, t_bias: None, skip, gate: None };
-            longhorn::step(dims, &inputs, a.rows_mut(0), a.slice_mut(1));
-            Ok(())
-        })))
+        Ok(Some(continuing(self, recurrence, dims, 5, inputs).on_cpu(
+            move |[u, q, k, dt, skip], s, [y], [mut state]| {
+                let dims = Dims { batch: 1, time: s.len, ..dims };
+                let (u, q, k, dt, skip) = (s.of(*u), s.of(*q), s.of(*k), s.of(*dt), Some(flat(skip)));
+                let inputs = longhorn::Inputs { u, dt, q, k, t_bias: None, skip, gate: None };
+                longhorn::forward(dims, &inputs, y, Some(flat_mut(&mut state)), None);
+            },
+        )))
     }
     fn strided(&self) -> bool {
         true
@@ -217,15 +239,15 @@ impl Op for SelectiveScan {
             })),
         }
     }
-    fn recurrent(&self, inputs: &[TensorType], _: usize) -> Result<Option<Recurrent>, OpError> {
+    fn recurrent(&self, inputs: &[TensorType], recurrence: &Recurrence) -> Result<Option<Recurrent>, OpError> {
         let dims = dims(&inputs[0], &inputs[2])?;
-        let state = ("state", TensorType::f32([dims.batch * dims.state, dims.channels]));
-        Ok(Some(one_token("SelectiveScan", 6, vec![inputs[0].clone()], vec![state], move |a| {
-            let (u, delta, b, c) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3));
-            let (a_log, skip) = (a.slice(4), Some(a.slice(5)));
+        let form = continuing(self, recurrence, dims, 6, inputs);
+        Ok(Some(form.on_cpu(move |[u, delta, b, c, a_log, skip], s, [y], [mut state]| {
+            let dims = Dims { batch: 1, time: s.len, ..dims };
+            let (u, delta, b, c) = (s.of(*u), s.of(*delta), s.of(*b), s.of(*c));
+            let (a_log, skip) = (flat(a_log), Some(flat(skip)));
             let inputs = selective_scan::Inputs { u, delta, a_log, b, c, delta_bias: None, skip, gate: None };
-            selective_scan::step(dims, &inputs, a.rows_mut(0), a.slice_mut(1));
-            Ok(())
+            selective_scan::forward(dims, &inputs, y, Some(flat_mut(&mut state)), None);
         })))
     }
     fn strided(&self) -> bool {

@@ -2,16 +2,17 @@
 
 use std::ops::RangeInclusive;
 
+use dataflow_graph::components::Recurrence;
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::op::{Cost, NodeView, Op, OpError, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::token_shift;
-use dataflow_kernels::device::{Arguments, Kernel, Target};
+use dataflow_kernels::device::{Kernel, Target};
 use dataflow_kernels::{Rows, RowsMut};
 use serde::{Deserialize, Serialize};
 
-use crate::recurrent::one_token;
+use crate::recurrent::{Continuation, flat};
 use crate::sequence::sizes;
 
 /// Mixes each token with the one before it (arXiv:2305.13048): for every mix vector `m_j` of `[C]` an output
@@ -53,25 +54,38 @@ impl Op for TokenShift {
                     token_shift::forward(a.rows(0), time, None, a.rows_mut(0));
                     return Ok(());
                 }
-                mix(a, mixes, time, None);
+                let mix: [&[f32]; MAX_MIXES] = std::array::from_fn(|j| if j < mixes { a.slice(1 + j) } else { &[] });
+                let mut ys: [RowsMut<'_>; MAX_MIXES] =
+                    std::array::from_fn(|j| if j < mixes { a.rows_mut(j) } else { RowsMut::contiguous(&mut [], 1) });
+                token_shift::mix_forward(a.rows(0), time, None, &mix[..mixes], &mut ys[..mixes]);
                 Ok(())
             })),
         }
     }
-    fn recurrent(&self, inputs: &[TensorType], _: usize) -> Result<Option<Recurrent>, OpError> {
-        let ((batch, _, cols), mixes) = (sizes(&inputs[0])?, inputs.len() - 1);
-        let results = vec![inputs[0].clone(); mixes.max(1)];
-        let (last, state) = (("last", TensorType::f32([batch, cols])), results.len());
-        Ok(Some(one_token("TokenShift", inputs.len(), results, vec![last], move |a| {
-            let (x, mut last) = (a.rows::<f32>(0), a.rows_mut::<f32>(state));
-            if mixes == 0 {
-                token_shift::forward(x, 1, Some(last.as_rows()), a.rows_mut(0));
-            } else {
-                mix(a, mixes, 1, Some(last.as_rows()));
-            }
-            (0..batch).for_each(|b| last.row(b).copy_from_slice(x.row(b)));
-            Ok(())
-        })))
+    fn recurrent(&self, inputs: &[TensorType], recurrence: &Recurrence) -> Result<Option<Recurrent>, OpError> {
+        let ((_, time, cols), mixes) = (sizes(&inputs[0])?, inputs.len() - 1);
+        let form = Continuation {
+            op: self,
+            recurrence,
+            inputs: inputs.len(),
+            time,
+            results: vec![inputs[0].clone(); mixes.max(1)],
+            states: vec![("last", TensorType::f32([recurrence.slots, cols]))],
+            limit: None,
+            cache: false,
+        };
+        Ok(Some(form.on_cpu(
+            move |given: &[Rows<'_>; 1 + MAX_MIXES], s, mut ys: [RowsMut<'_>; MAX_MIXES], [mut last]| {
+                let x = s.of(given[0]);
+                if mixes == 0 {
+                    token_shift::forward(x, s.len, Some(last.as_rows()), ys[0].reborrow());
+                } else {
+                    let mix: [&[f32]; MAX_MIXES] = std::array::from_fn(|j| flat(&given[1 + j]));
+                    token_shift::mix_forward(x, s.len, Some(last.as_rows()), &mix[..mixes], &mut ys[..mixes]);
+                }
+                last.row(0).copy_from_slice(x.row(s.len - 1));
+            },
+        )))
     }
     fn strided(&self) -> bool {
         true
@@ -80,14 +94,6 @@ impl Op for TokenShift {
         let elements: usize = node.outputs.iter().map(TensorType::elements).sum();
         Cost { flops: 3.0 * elements as f64, bytes: node.bytes() }
     }
-}
-
-/// All mixes of input 0, in sequences of `len` rows, with `state` before the first.
-fn mix(a: &Arguments<'_>, mixes: usize, len: usize, state: Option<Rows<'_>>) {
-    let mix: [&[f32]; MAX_MIXES] = std::array::from_fn(|j| if j < mixes { a.slice(1 + j) } else { &[] });
-    let mut ys: [RowsMut<'_>; MAX_MIXES] =
-        std::array::from_fn(|j| if j < mixes { a.rows_mut(j) } else { RowsMut::contiguous(&mut [], 1) });
-    token_shift::mix_forward(a.rows(0), len, state, &mix[..mixes], &mut ys[..mixes]);
 }
 
 /// (x, mixes, dys) to (dx, dmixes); without mixes (dy) to (dx).

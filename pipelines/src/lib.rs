@@ -10,6 +10,7 @@ pub mod bench;
 pub mod cli;
 pub mod data;
 pub mod files;
+pub mod generate;
 pub mod pipeline;
 pub mod report;
 pub mod stages;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
-use super::infer::shapes;
+use super::infer::{SEQUENCES, shapes};
 use super::push_once;
 use crate::build::add_source;
 use crate::components::{Inputs, Name, Objectives, OpRef, Options, Outputs, Phase, Place, Role};
@@ -61,6 +61,12 @@ pub fn expand(world: &mut World) -> Result<(), Errors> {
     let shape = [options.batch, options.block];
     let tokens = add_source(world, "tokens", TensorType::i32(shape), Role::Input);
     let mut inputs = Inputs(BTreeMap::from([("tokens".to_string(), tokens)]));
+    if options.recurrent.is_some() {
+        for name in SEQUENCES {
+            let value = add_source(world, name, TensorType::i32([options.batch]), Role::Input);
+            inputs.0.insert(name.into(), value);
+        }
+    }
 
     let mut expander = Expander {
         world,
@@ -95,6 +101,9 @@ pub fn expand(world: &mut World) -> Result<(), Errors> {
             outputs.0.insert(name, world.add_output(node, 0));
         }
         // a loss makes the logits an intermediate value that need not be kept for the host
+        outputs.0.remove("logits");
+    }
+    if options.recurrent.is_some_and(|recurrence| !recurrence.logits) {
         outputs.0.remove("logits");
     }
     world.set_resource(inputs);

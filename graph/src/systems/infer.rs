@@ -2,7 +2,7 @@
 //!
 //! Reads the topology, `OpRef`, `Name`, `Place`, `RowNames` of nodes, `Arc<ModelFile>`.
 //! Writes `TensorType`, `Role`, `Name` of values; new parameter values with `ParameterOf`, `Place` and `Decays`,
-//! connected behind the data inputs; the resource `Parameters`.
+//! connected behind the data inputs; the resources `Parameters` and `TokenLimit`.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -10,12 +10,15 @@ use std::sync::Arc;
 use super::expand::RowNames;
 use super::{op_error, push_once};
 use crate::build::{add_source, finish, state, types_of};
-use crate::components::{Decays, Name, OpRef, Options, ParameterOf, Parameters, Place, Role};
+use crate::components::{Decays, Inputs, Name, OpRef, Options, ParameterOf, Parameters, Place, Role, TokenLimit};
 use crate::diagnostic::{Errors, nearest};
 use crate::format::model::ModelFile;
 use crate::op::{Op, OpError, Recurrent};
-use crate::types::TensorType;
+use crate::types::{DType, TensorType};
 use crate::world::{NodeId, ValueId, World};
+
+/// The inputs that tell a recurrent program about its sequences; see [`Recurrence`](crate::components::Recurrence).
+pub(super) const SEQUENCES: [&str; 3] = ["slots", "positions", "lengths"];
 
 /// Gives a node its recurrent form: states as further inputs, and as further outputs that update them.
 fn recur(world: &mut World, node: NodeId, name: &str, recurrent: Recurrent) -> Result<Vec<TensorType>, OpError> {
@@ -23,6 +26,13 @@ fn recur(world: &mut World, node: NodeId, name: &str, recurrent: Recurrent) -> R
         let value = state(world, &format!("{name}.{state_name}"), tensor);
         world.push_input(node, value);
     }
+    for input in SEQUENCES {
+        let value = world.resource::<Inputs>().and_then(|inputs| inputs.0.get(input).copied());
+        let value = value.ok_or_else(|| OpError(format!("a recurrent program has no input `{input}`")))?;
+        world.push_input(node, value);
+    }
+    let before = world.resource::<TokenLimit>().and_then(|limit| limit.0);
+    world.set_resource(TokenLimit(before.into_iter().chain(recurrent.limit).min()));
     let outputs = recurrent.op.infer(&types_of(world, &world.inputs(node)))?;
     world.set(node, OpRef(recurrent.op));
     Ok(outputs)
@@ -138,7 +148,9 @@ fn infer_node(
         return Err(message.into());
     }
     let name = world.expect::<Name>(node).0.clone();
-    for wanted in op.parameters(&types).map_err(context)? {
+    let recurrence = world.resource::<Options>().and_then(|o| o.recurrent);
+    for (i, wanted) in op.parameters(&types).map_err(context)?.into_iter().enumerate() {
+        let dtype = recurrence.filter(|_| op.narrow(i)).map_or(DType::F32, |r| r.weights);
         let value = match &wanted.tie {
             Some(tie) => {
                 let full = if prefix.is_empty() { tie.clone() } else { format!("{prefix}.{tie}") };
@@ -155,12 +167,17 @@ fn infer_node(
                     );
                     return Err(message.into());
                 }
+                if found.dtype != dtype {
+                    let message = format!("`{op_name}`: tied to `{full}`, which is {}, but takes {dtype}", found.dtype);
+                    return Err(message.into());
+                }
                 value
             }
             None => {
                 let dot = if wanted.name.is_empty() { "" } else { "." };
                 let full = format!("{name}{dot}{}", wanted.name);
-                let value = add_source(world, &full, TensorType::f32(wanted.shape.clone()), Role::Parameter);
+                let value =
+                    add_source(world, &full, TensorType { shape: wanted.shape.clone(), dtype }, Role::Parameter);
                 world.set(value, Decays(wanted.shape.len() >= 2));
                 if let Some(place) = world.get::<Place>(node).cloned() {
                     world.set(value, place);
@@ -176,9 +193,7 @@ fn infer_node(
         world.push_input(node, value);
     }
     finish(world, node, op);
-    let capacity = world.resource::<Options>().and_then(|o| o.recurrent);
-    let outputs = match capacity.map(|capacity| op.recurrent(&types, capacity).map_err(context)).transpose()?.flatten()
-    {
+    let outputs = match recurrence.map(|r| op.recurrent(&types, &r).map_err(context)).transpose()?.flatten() {
         Some(recurrent) => recur(world, node, &name, recurrent)?,
         None => outputs,
     };

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use super::lanes::{add, grain, lanes, ld, st};
 use super::threads::{parallel_for, parallel_ranges, with_scratch};
+use crate::device::Bf16;
 use crate::rows::SharedSlice;
 use crate::{Rows, RowsMut, simd_fn};
 
@@ -50,6 +51,16 @@ pub fn forward(ids: &[i32], weight: &[f32], out: RowsMut<'_>) -> Result<(), IdOu
             unsafe { out.shared_row(n) }.copy_from_slice(&weight[id * cols..(id + 1) * cols]);
         }
     });
+    Ok(())
+}
+
+/// [`forward`] of a table in `bf16`.
+pub fn forward_narrow(ids: &[i32], weight: Rows<'_, Bf16>, mut out: RowsMut<'_>) -> Result<(), IdOutOfRange> {
+    assert!(ids.len() == out.rows() && weight.cols() == out.cols());
+    check(ids, weight.rows())?;
+    for (n, &id) in ids.iter().enumerate() {
+        out.row(n).iter_mut().zip(weight.row(id as usize)).for_each(|(to, from)| *to = from.to_f32());
+    }
     Ok(())
 }
 

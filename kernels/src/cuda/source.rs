@@ -40,6 +40,7 @@ pub fn file(name: &str) -> Option<&'static str> {
 pub(super) fn real(call: Call, tensor: Tensor) -> Call {
     match tensor.dtype {
         DType::F32 | DType::I32 => call.define("REAL", "float"),
+        DType::Bf16 => call.define("REAL", "bf16"),
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use dataflow_graph::compile::{Compiled, Request, compile};
-use dataflow_graph::components::Options;
+use dataflow_graph::components::{Options, Recurrence};
 use dataflow_graph::diagnostic::Diagnostic;
 use dataflow_graph::format::formula::Number;
 use dataflow_graph::format::model::ModelFile;
@@ -14,7 +14,7 @@ use dataflow_graph::optimizer::Optimizer;
 use dataflow_graph::plan::Plan;
 use dataflow_graph::registry::Registry;
 use dataflow_graph::session::Session;
-use dataflow_kernels::device::Device;
+use dataflow_kernels::device::{DType, Device};
 use dataflow_ops::optimizer::{AdamW, Schedule};
 use serde::Deserialize;
 
@@ -214,12 +214,16 @@ impl<'a> Golden<'a> {
     /// The logits of the recurrent program, which is given one token after the other.
     fn compare_steps(&self, tokens: &str, logits: &str, tolerance: f64, judge: &mut Judge) -> Result<(), Problem> {
         let ([batch, time], idx) = self.tokens(tokens)?;
-        let options = Options { batch, block: 1, micro_batches: 1, seed: 0, training: false, recurrent: Some(time) };
+        let recurrent = Some(Recurrence { slots: batch, capacity: time, logits: true, weights: DType::F32 });
+        let options = Options { batch, block: 1, micro_batches: 1, seed: 0, training: false, recurrent };
         let mut session = self.session(&self.compile_with(options, None)?)?;
+        session.write_input("slots", &(0..batch as i32).collect::<Vec<_>>());
+        session.write_input("lengths", &vec![1; batch]);
         let mut made = vec![Vec::new(); batch];
         for t in 0..time {
             let column: Vec<i32> = (0..batch).map(|b| idx[b * time + t]).collect();
             session.write_input("tokens", &column);
+            session.write_input("positions", &vec![t as i32; batch]);
             session.run_step()?;
             let step = output(&session, "logits")?;
             made.iter_mut().zip(step.chunks(step.len() / batch)).for_each(|(made, row)| made.extend_from_slice(row));

@@ -54,7 +54,7 @@ pub fn forward(
 }
 
 /// One block of queries, the last of the rows of `k` and `v`.
-fn query_block(
+pub(super) fn query_block(
     scale: f32,
     q: Rows<'_>,
     k: Rows<'_>,

@@ -12,10 +12,12 @@ pub(in crate::cpu) mod block;
 
 mod backward;
 mod decode;
+mod extend;
 mod forward;
 
 pub use backward::backward;
 pub use decode::decode;
+pub use extend::extend;
 pub use forward::forward;
 
 use crate::cpu::simd::Simd;

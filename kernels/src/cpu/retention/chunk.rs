@@ -45,9 +45,24 @@ pub fn chunk_states_len(dims: Dims) -> usize {
 
 /// Retention without the row normaliser, `y_i = sum over j <= i of (q_i . k_j) D_ij v_j` as in the [module](super).
 ///
-/// `states` ([`chunk_states_len`]) receives the state after every chunk of 64 tokens, which [`chunk_backward`] and
-/// [`chunk_final_state`] need.
+/// `states` ([`chunk_states_len`]) receives the state after every chunk of 64 tokens, which [`chunk_backward`]
+/// needs.
 pub fn chunk_forward(dims: Dims, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, y: RowsMut<'_>, states: &mut [f32]) {
+    forward_from(dims, 0, None, q, k, v, y, states);
+}
+
+/// [`chunk_forward`] for tokens from position `start` on, with the state before them, `[batch, heads, key_dim, value_dim]`.
+#[allow(clippy::too_many_arguments)] // one for each tensor
+pub(super) fn forward_from(
+    dims: Dims,
+    start: usize,
+    initial: Option<&[f32]>,
+    q: Rows<'_>,
+    k: Rows<'_>,
+    v: Rows<'_>,
+    y: RowsMut<'_>,
+    states: &mut [f32],
+) {
     dims.check(&[q, k], &[v, y.as_rows()]);
     assert_eq!(states.len(), chunk_states_len(dims));
     let Dims { heads, key_dim, value_dim, .. } = dims;
@@ -67,6 +82,11 @@ pub fn chunk_forward(dims: Dims, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, y: RowsM
             pack(packed, width, v, weights);
             product(state, Mat::Transposed(k), view(packed, width, 0..tokens.len(), 0..width), false);
         });
+        if let (0, Some(initial)) = (chunk, initial) {
+            let factor = Decay::new(pair % heads).power(tokens.len() as f64) as f32;
+            // SAFETY: as above, and the product is done.
+            add_scaled(unsafe { shared.range(at..at + size) }, factor, &initial[pair * size..][..size]);
+        }
     });
     scan(dims, shared, false);
     let states = &*states;
@@ -76,8 +96,11 @@ pub fn chunk_forward(dims: Dims, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, y: RowsM
         let v = part(v, dims, pair, value_dim).slice_rows(tokens.start, tokens.end);
         // SAFETY: these rows and columns belong to this task alone.
         let y = unsafe { part_mut(&y, dims, pair, value_dim, tokens.clone()) };
-        let before = (chunk > 0).then(|| &states[(pair * chunks + chunk - 1) * size..][..size]);
-        results(Decay::new(pair % heads), tokens.start, q, k, v, before, y);
+        let before = match chunk {
+            0 => initial.map(|initial| &initial[pair * size..][..size]),
+            _ => Some(&states[(pair * chunks + chunk - 1) * size..][..size]),
+        };
+        results(Decay::new(pair % heads), start + tokens.start, q, k, v, before, y);
     });
 }
 
@@ -134,25 +157,6 @@ fn scan(dims: Dims, states: SharedSlice<'_, f32>, reverse: bool) {
             add_scaled(to, factor, from);
         }
     });
-}
-
-/// The state after the last token in the form that [`step`](super::step) continues: `state`
-/// `[batch, heads, key_dim, value_dim]`, `scale` `[heads]`.
-pub fn chunk_final_state(dims: Dims, states: &[f32], state: &mut [f32], scale: &mut [f32]) {
-    let (size, chunks) = (dims.state(), dims.chunks());
-    assert!(states.len() == chunk_states_len(dims) && state.len() == dims.pairs() * size && scale.len() == dims.heads);
-    if chunks == 0 {
-        state.fill(0.0);
-        scale.fill(0.0);
-        return;
-    }
-    for pair in 0..dims.pairs() {
-        let mass = Decay::new(pair % dims.heads).mass(dims.time - 1);
-        scale[pair % dims.heads] = mass as f32;
-        let factor = (1.0 / mass.sqrt()) as f32;
-        let last = &states[(pair * chunks + chunks - 1) * size..][..size];
-        state[pair * size..][..size].iter_mut().zip(last).for_each(|(to, from)| *to = factor * from);
-    }
 }
 
 /// Gradients of [`chunk_forward`] from its `states` and the gradient `dy`. What happens within a chunk is computed again.

@@ -6,19 +6,19 @@
 //! * [`parallel_forward`]: `y_i = sum over j <= i of a_ij v_j / n_i`, where `n_i = clamp(sum_j |a_ij|, 1, 5e4)` is a
 //!   constant for the gradient. Blocked as attention is: quadratic time, linear memory.
 //! * [`chunk_forward`]: the same without `n_i`, in linear time, for models that normalise `y` afterwards anyway.
-//! * [`step`]: one token of the latter, from a state.
+//! * [`extend`]: further tokens of the latter, from a state.
 //!
 //! The decay between two blocks is a product of one weight per query and one per key, which are multiplied into
 //! operands while these are packed; between the products of a pair of blocks nothing is left to do but the sums of
 //! `|a|` and, on the diagonal, the mask. Products are those of attention (`attention::block`).
 
 mod chunk;
+mod extend;
 mod parallel;
-mod step;
 
-pub use chunk::{chunk_backward, chunk_final_state, chunk_forward, chunk_states_len};
+pub use chunk::{chunk_backward, chunk_forward, chunk_states_len};
+pub use extend::extend;
 pub use parallel::{parallel_backward, parallel_forward};
-pub use step::step;
 
 use crate::cpu::attention::block::{BLOCK, STRIP, product, view, view_mut};
 use crate::cpu::matmul::Mat;
