@@ -4,12 +4,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use dataflow_kernels::device::{
-    Bf16, Buffer, DType, Device, DeviceError, Element, Program, Region, as_bytes, as_bytes_mut,
+    Bf16, Buffer, DType, Device, DeviceError, Element, Operand, Program, Region, as_bytes, as_bytes_mut,
 };
 
 use crate::compile::Compiled;
 use crate::diagnostic::{Diagnostic, Errors};
-use crate::plan::{Plan, Port, lower};
+use crate::plan::{Plan, PlannedLaunch, Port, lower};
+use crate::systems::update::gradient_sum;
 
 /// A plan with its kernels and memory.
 pub struct Session {
@@ -166,6 +167,39 @@ impl Session {
     /// If a kernel refuses its input.
     pub fn run_update(&mut self) -> Result<(), DeviceError> {
         self.program.run(self.plan.update_range())
+    }
+
+    /// Runs the launches of one micro-batch one by one, up to the first that writes a number that is not finite;
+    /// returns that one.
+    ///
+    /// # Errors
+    /// If a kernel refuses its input.
+    pub fn first_not_finite(&mut self) -> Result<Option<&PlannedLaunch>, DeviceError> {
+        for at in self.plan.step_range() {
+            self.program.run(at..at + 1)?;
+            let outputs = self.plan.launches[at].outputs.iter().filter(|o| o.dtype == DType::F32);
+            if !outputs.clone().all(|operand| self.is_finite(operand)) {
+                return Ok(Some(&self.plan.launches[at]));
+            }
+        }
+        Ok(None)
+    }
+
+    fn is_finite(&self, operand: &Operand) -> bool {
+        let span = operand.span();
+        let mut values = vec![0f32; span.len() / operand.dtype.size()];
+        self.device.read(self.buffer(operand.region), span.start, as_bytes_mut(&mut values));
+        // between the rows may lie anything
+        values.chunks(operand.stride.max(1)).all(|row| row.iter().take(operand.cols).all(|x| x.is_finite()))
+    }
+
+    /// Sets the gradient sums of the micro-batches to zero, as an update does.
+    pub fn clear_gradients(&self) {
+        for planned in &self.plan.parameters {
+            if let Some(port) = self.plan.states.get(&gradient_sum(&planned.parameter.name)) {
+                self.write(port, &vec![0f32; port.tensor.elements()]);
+            }
+        }
     }
 
     /// Runs launches and adds the seconds of each to its place in `seconds`.

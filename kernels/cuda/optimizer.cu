@@ -93,12 +93,13 @@ DEVICE void adamw_element(float& p, float gradient, float& m, float& v, const Fa
 // One step of a piece of a parameter. `clip` is the largest norm of all gradients, or negative.
 KERNEL __launch_bounds__(256) adamw(const Update* updates, const int* step, const float* lr, const float* norm, double beta1,
                                     double beta2, double eps, double clip) {
+  // with a norm that is not finite nothing changes: the host reads it too, and decides what becomes of the run
+  if (!(*norm <= 3.402823466e38f)) return;
   __shared__ Factors shared;
   const Update u = updates[blockIdx.x];
   if (threadIdx.x == 0) {
     const double rate = *lr, number = *step + 1.0;
     const double coefficient = clip < 0.0 ? 1.0 : clip / ((double)*norm + 1e-6);
-    // NaN where the norm is
     shared.gradient = coefficient > 1.0 ? 1.0f : (float)coefficient;
     shared.beta1 = (float)beta1;
     shared.rest1 = (float)(1.0 - beta1);

@@ -152,7 +152,8 @@ impl Op for GlobalNorm {
     }
 }
 
-/// (step, lr, norm, then parameter, gradient, m, v of each) to the new parameters and moments, in place.
+/// (step, lr, norm, then parameter, gradient, m, v of each) to the new parameters and moments, in place. With a norm
+/// that is not finite nothing changes, so that one bad batch cannot ruin what was learned.
 #[derive(Clone, Debug)]
 struct AdamWUpdate {
     settings: AdamW,
@@ -233,6 +234,10 @@ impl Op for AdamWUpdate {
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (step, lr) = (a.slice::<i32>(0)[0] as u64 + 1, f64::from(a.slice::<f32>(1)[0]));
                 let norm = f64::from(a.slice::<f32>(2)[0]);
+                if !norm.is_finite() {
+                    // the host reads the norm too, and decides what becomes of the run
+                    return Ok(());
+                }
                 let grad_scale = settings.clip.map_or(1.0, |max| clip_coefficient(norm, max));
                 for (i, &decays) in decays.iter().enumerate() {
                     let (param, m, v) = (a.slice_mut(3 * i), a.slice_mut(3 * i + 1), a.slice_mut(3 * i + 2));

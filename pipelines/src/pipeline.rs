@@ -14,6 +14,7 @@ use dataflow_graph::world::{NodeId, ValueId, World};
 use ron::value::RawValue;
 use serde::Deserialize;
 
+use crate::signals;
 use crate::stages::{Kind, Product, Run, RunFolderChoice, Stage, StageError};
 use crate::trainer::Summary;
 
@@ -47,7 +48,15 @@ impl PipelineFile {
     /// # Errors
     /// Everything that is wrong with the file, or a setting that fits no row.
     pub fn read(path: &Path, settings: &[String]) -> Result<Self, Errors> {
-        let mut file = Self::parse(read_source(path)?)?;
+        Self::with(read_source(path)?, settings)
+    }
+
+    /// Parses a text and applies settings.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn with(source: Arc<Source>, settings: &[String]) -> Result<Self, Errors> {
+        let mut file = Self::parse(source)?;
         for setting in settings {
             let (name, value) = setting.split_once('=').ok_or_else(|| {
                 Diagnostic::new(format!("--set {setting}: there is no `=`")).help("write --set row.attribute=value")
@@ -158,6 +167,8 @@ impl Pipeline {
             return Ok(None);
         }
         let (Some(trainer), RunFolderChoice::Made(folder)) = (&mut run.trainer, &run.folder) else { return Ok(None) };
+        // before this a signal ends the program, which has nothing to lose yet
+        signals::listen().map_err(|e| Diagnostic::new(format!("cannot listen to signals: {e}")))?;
         let summary = trainer.run(folder, &mut run.hooks).map_err(|e| match e {
             StageError::File(errors) => errors,
             StageError::Message(message) => Diagnostic::new(message).into(),

@@ -1,5 +1,9 @@
 //! The training loop: batches in, updates on the device, figures out.
 
+mod finite;
+mod state;
+
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,18 +13,27 @@ use dataflow_graph::plan::Plan;
 use dataflow_graph::registry::Registry;
 use dataflow_graph::session::Session;
 use dataflow_kernels::device::Device;
+use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::sidecar::FORMAT;
+use crate::checkpoint::store::Verified;
+use crate::checkpoint::{CheckpointError, Sidecar, Snapshot};
 use crate::data::{Batch, BatchSource, Draw, Prefetcher};
 use crate::report::curve::Curve;
 use crate::report::metrics::MetricsFile;
 use crate::report::progress::Progress;
 use crate::report::tensorboard::EventFile;
-use crate::report::{EvaluationRow, Recorder, Row, RunFolder, StepRow};
+use crate::report::{EvaluationRow, Notices, Recorder, Row, RunFolder, Sink, StepRow};
+use crate::saved;
+use crate::signals;
 use crate::stages::optimizer::Optimized;
 use crate::stages::{Hook, StageError};
 
 /// Batches that are filled ahead.
 const PREFETCHED: usize = 4;
+
+/// Updates in a row that may be dropped: with more of them it is not the batches that are to blame.
+const MOST_DROPPED: u64 = 20;
 
 /// What a training run is made of.
 pub struct Setup {
@@ -42,6 +55,23 @@ pub struct Setup {
     pub log_every: u64,
     /// The most bytes that activations and gradients of a step may take.
     pub memory_budget: Option<usize>,
+    /// The text of the pipeline as it runs.
+    pub pipeline: String,
+    /// What to do when a loss or gradient is not finite.
+    pub on_nonfinite: OnNonfinite,
+}
+
+/// How far a training run is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Position {
+    /// Updates made.
+    pub step: u64,
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// Training batches drawn.
+    pub batches: u64,
+    /// Updates that were dropped.
+    pub skipped: u64,
 }
 
 /// A model in training.
@@ -50,6 +80,13 @@ pub struct Trainer {
     session: Session,
     records: Option<Records>,
     last_evaluation: Option<EvaluationRow>,
+    position: Position,
+    /// What checkpoints of this run share: the plan's hash, and notes for the header of the weights.
+    graph: String,
+    notes: BTreeMap<String, String>,
+    /// The state after the last update, once somebody asked for it.
+    snapshot: Option<Arc<Snapshot>>,
+    notices: Notices,
 }
 
 /// Where figures go.
@@ -65,8 +102,26 @@ pub struct Summary {
     pub training: Duration,
     /// The last evaluation.
     pub evaluation: Option<EvaluationRow>,
-    /// Tokens trained on.
+    /// Tokens trained on, since the run was started or resumed.
     pub tokens: u64,
+    /// Updates made, those before a resume among them.
+    pub step: u64,
+    /// Updates that were dropped because they were not finite.
+    pub skipped: u64,
+    /// The signal that stopped the run before its end.
+    pub stopped: Option<usize>,
+    /// Whether anything was saved when it stopped.
+    pub saved: bool,
+}
+
+/// What to do when a loss or gradient is not finite.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OnNonfinite {
+    /// The run ends, and says which node and batch did it.
+    #[default]
+    Stop,
+    /// The update is dropped and the next batch taken instead.
+    Skip,
 }
 
 impl Trainer {
@@ -78,7 +133,40 @@ impl Trainer {
         let mut session =
             Session::new(setup.device.clone(), &compile_in(&setup.request(true), setup.precision)?, None)?;
         session.initialize(setup.seed)?;
-        Ok(Self { setup, session, records: None, last_evaluation: None })
+        let (graph, notes) = (state::graph_hash(session.plan()), saved::notes(&setup.optimized.objective.model));
+        Ok(Self {
+            setup,
+            session,
+            records: None,
+            last_evaluation: None,
+            position: Position::default(),
+            graph,
+            notes,
+            snapshot: None,
+            notices: Notices::default(),
+        })
+    }
+
+    /// Goes back to where a checkpoint was taken.
+    ///
+    /// # Errors
+    /// A checkpoint of other parameters, or without an optimizer.
+    pub fn restore(&mut self, checkpoint: &Verified) -> Result<(), CheckpointError> {
+        let sidecar = &checkpoint.sidecar;
+        let (parameters, notes) = checkpoint.parameters()?;
+        state::restore(&self.session, &parameters, &checkpoint.states()?)?;
+        let Sidecar { step, tokens, batches, skipped, .. } = *sidecar;
+        self.position = Position { step, tokens, batches, skipped };
+        self.last_evaluation = sidecar.evaluation.map(Into::into);
+        let same = sidecar.pipeline == self.setup.pipeline && saved::same_model(&notes, &self.notes);
+        if same && sidecar.graph != self.graph {
+            self.notices.push(
+                "another version of this program, which compiled the model otherwise, wrote the checkpoint; \
+                 what follows may differ in the last digits"
+                    .into(),
+            );
+        }
+        Ok(())
     }
 
     /// A program that evaluates with the parameters in training.
@@ -105,13 +193,50 @@ impl Trainer {
         self.last_evaluation.as_ref()
     }
 
-    /// The parameters at this moment: name, shape, numbers.
-    pub fn snapshot(&self) -> Vec<(String, Vec<usize>, Vec<f32>)> {
-        let parameters = &self.session.plan().parameters;
-        let one = |p: &dataflow_graph::plan::PlannedParameter| {
-            (p.parameter.name.clone(), p.parameter.shape.clone(), self.session.read(&p.port))
+    /// How far the run is.
+    pub fn position(&self) -> Position {
+        self.position
+    }
+
+    /// Messages for the screen, from any thread.
+    pub fn notices(&self) -> &Notices {
+        &self.notices
+    }
+
+    /// Everything it takes to go on from this moment.
+    ///
+    /// # Errors
+    /// If earlier rows could not be recorded.
+    pub fn snapshot(&mut self) -> Result<Arc<Snapshot>, StageError> {
+        if let Some(snapshot) = &self.snapshot {
+            return Ok(snapshot.clone());
+        }
+        let (parameters, states) = state::read(&self.session);
+        let Position { step, tokens, batches, skipped } = self.position;
+        let recorded = match &mut self.records {
+            Some(records) => Some(records.recorder.mark().map_err(StageError::from_error)?),
+            None => None,
         };
-        parameters.iter().map(one).collect()
+        let sidecar = Sidecar {
+            format: FORMAT,
+            dataflow: env!("CARGO_PKG_VERSION").into(),
+            device: self.setup.device.describe(),
+            step,
+            tokens,
+            batches,
+            skipped,
+            seed: self.setup.seed,
+            schedule: self.setup.optimized.schedule(),
+            evaluation: self.last_evaluation.map(Into::into),
+            graph: self.graph.clone(),
+            files: Vec::new(),
+            pipeline: self.setup.pipeline.clone(),
+        };
+        let mut notes = self.notes.clone();
+        notes.insert(saved::STEP.into(), step.to_string());
+        let snapshot = Arc::new(Snapshot { sidecar, notes, parameters, states: Some(states), recorded });
+        self.snapshot = Some(snapshot.clone());
+        Ok(snapshot)
     }
 
     /// Records and shows an evaluation; `exact` if it went over the whole validation split.
@@ -120,6 +245,8 @@ impl Trainer {
     /// If an earlier row could not be written.
     pub fn report_evaluation(&mut self, row: EvaluationRow, exact: bool) -> Result<(), StageError> {
         self.last_evaluation = Some(row);
+        // the one at hand does not know of it
+        self.snapshot = None;
         let Some(records) = &mut self.records else { return Ok(()) };
         records.progress.evaluation(&row);
         if exact {
@@ -134,18 +261,22 @@ impl Trainer {
     /// # Errors
     /// A loss that is not finite, batches that cannot be had, figures that cannot be written.
     pub fn run(&mut self, folder: &RunFolder, hooks: &mut [Box<dyn Hook>]) -> Result<Summary, StageError> {
-        let metrics = MetricsFile::create(&folder.metrics()).map_err(StageError::from_error)?;
-        let events = EventFile::create(folder.path(), 0).map_err(StageError::from_error)?;
-        let curve = Curve::new(&folder.curve());
-        let recorder = Recorder::start(vec![Box::new(metrics), Box::new(events), Box::new(curve)]);
-        let progress = Progress::new(0, self.setup.steps, self.setup.log_every);
+        let first = self.position.step;
+        let (metrics, rows) = MetricsFile::resume(&folder.metrics(), first).map_err(StageError::from_error)?;
+        let events = EventFile::create(folder.path(), first).map_err(StageError::from_error)?;
+        let mut curve = Curve::new(&folder.curve());
+        rows.iter().for_each(|row| curve.add(row));
+        let sinks: Vec<Box<dyn Sink>> = vec![Box::new(metrics), Box::new(events), Box::new(curve)];
+        let recorder = Recorder::start(sinks, self.notices.clone());
+        let progress = Progress::new(first, self.setup.steps, self.setup.log_every);
         self.records = Some(Records { recorder: recorder.map_err(StageError::from_error)?, progress });
         let trained = self.train(hooks);
         // whatever happened, what was recorded is written, and threads end
         let finished: Result<(), StageError> = hooks.iter_mut().try_for_each(|hook| hook.finish(self));
-        let Some(mut records) = self.records.take() else { return trained };
-        records.progress.finish();
-        let recorded = records.recorder.finish().map_err(StageError::from_error);
+        let Some(Records { mut progress, recorder }) = self.records.take() else { return trained };
+        progress.finish();
+        let recorded = recorder.finish().map_err(StageError::from_error);
+        self.show_notices();
         let summary = trained?;
         finished?;
         recorded?;
@@ -154,47 +285,100 @@ impl Trainer {
 
     fn train(&mut self, hooks: &mut [Box<dyn Hook>]) -> Result<Summary, StageError> {
         let (steps, micro) = (self.setup.steps, self.setup.micro_batches as u64);
-        let draws = (0..steps * micro).map(Draw::training);
+        let draws = (self.position.batches..).map(Draw::training);
         let mut prefetcher = Prefetcher::start(self.batches(), draws, PREFETCHED).map_err(StageError::from_error)?;
         let mut batch = Batch::new(1, 1);
-        let mut summary = Summary { training: Duration::ZERO, evaluation: None, tokens: 0 };
-        for step in 0..steps {
+        let mut summary = Summary {
+            training: Duration::ZERO,
+            evaluation: None,
+            tokens: 0,
+            step: 0,
+            skipped: 0,
+            stopped: None,
+            saved: false,
+        };
+        let mut dropped = 0;
+        while self.position.step < steps {
+            let step = self.position.step;
             hooks.iter_mut().try_for_each(|hook| hook.after(self, step, false))?;
+            self.show_notices();
+            summary.stopped = signals::received();
+            if summary.stopped.is_some() {
+                for hook in hooks.iter_mut() {
+                    summary.saved |= hook.stop(self)?;
+                }
+                break;
+            }
             let start = Instant::now();
             let mut loss = 0.0;
             for _ in 0..micro {
-                prefetcher.next_into(&mut batch).map_err(StageError::from_error)?;
+                if !prefetcher.next_into(&mut batch).map_err(StageError::from_error)? {
+                    return Err(StageError::Message("there are no more batches".into()));
+                }
                 loss += self.step(&batch)? / micro as f32;
             }
-            self.session.run_update().map_err(StageError::from_error)?;
+            // a loss that is not finite must not reach the parameters; gradients that are not, the optimizer refuses
+            let mut grad_norm = f32::NAN;
+            if loss.is_finite() {
+                self.session.run_update().map_err(StageError::from_error)?;
+                grad_norm = self.session.scalar("grad_norm").unwrap_or(f32::NAN);
+            }
             let took = start.elapsed();
             let tokens = micro * batch.inputs.len() as u64;
-            summary.tokens += tokens;
-            summary.training += took;
+            let fine = loss.is_finite() && grad_norm.is_finite();
             let row = StepRow {
                 step,
-                tokens: summary.tokens,
+                tokens: self.position.tokens + tokens,
                 loss,
-                grad_norm: self.session.scalar("grad_norm").unwrap_or(f32::NAN),
+                grad_norm,
                 lr: self.session.scalar("lr").unwrap_or(f32::NAN),
                 tokens_per_s: tokens as f64 / took.as_secs_f64(),
                 mfu: None,
             };
+            if !fine {
+                let cause = self.cause(&row)?;
+                self.position.batches += micro;
+                self.position.skipped += 1;
+                dropped += 1;
+                if self.setup.on_nonfinite == OnNonfinite::Stop || dropped > MOST_DROPPED {
+                    if let Some(records) = &mut self.records {
+                        records.recorder.record(Row::Step(row)).map_err(StageError::from_error)?;
+                    }
+                    return Err(self.not_finite(&cause, dropped));
+                }
+                self.forget_update();
+                self.notices.push(format!("{cause}; the batch is dropped"));
+                continue;
+            }
+            dropped = 0;
+            self.position.step += 1;
+            self.position.tokens += tokens;
+            self.position.batches += micro;
+            self.snapshot = None;
+            summary.tokens += tokens;
+            summary.training += took;
             hooks.iter_mut().for_each(|hook| hook.step(&row));
             if let Some(records) = &mut self.records {
                 records.progress.step(&row, took);
                 records.recorder.record(Row::Step(row)).map_err(StageError::from_error)?;
             }
-            if !row.loss.is_finite() || !row.grad_norm.is_finite() {
-                let message = format!("step {step}: the loss is {} and the gradient norm {}", row.loss, row.grad_norm);
-                return Err(StageError::Message(format!(
-                    "{message}, which is not finite: use a lower learning rate, a longer warm-up or `clip`"
-                )));
+        }
+        if summary.stopped.is_none() {
+            hooks.iter_mut().try_for_each(|hook| hook.after(self, steps, true))?;
+        }
+        summary.evaluation = self.last_evaluation;
+        (summary.step, summary.skipped) = (self.position.step, self.position.skipped);
+        Ok(summary)
+    }
+
+    /// Shows what other threads have to say.
+    fn show_notices(&mut self) {
+        for notice in self.notices.take() {
+            match &mut self.records {
+                Some(records) => records.progress.warning(&notice),
+                None => eprintln!("warning: {notice}"),
             }
         }
-        hooks.iter_mut().try_for_each(|hook| hook.after(self, steps, true))?;
-        summary.evaluation = self.last_evaluation;
-        Ok(summary)
     }
 
     /// Forward and backward of one batch; returns its loss.

@@ -269,7 +269,7 @@ fn all_errors_of_a_pipeline_at_once() {
         "error: p.ron:6:26: row `tokens`: `Chars`: unknown attribute `part`, expected one of: validation\n  \
          help: `dataflow ops Chars` shows the attributes\n\
          error: p.ron:10:62: row `optimizer`: there is no row or input named `los`\n  help: did you mean `loss`?\n\
-         error: p.ron:13:35: row `best`: `Checkpoint`: unknown value `Bst`, expected one of: Best, Last\n  \
+         error: p.ron:13:35: row `best`: `Checkpoint`: unknown value `Bst`, expected one of: Best, Last, Every\n  \
          help: did you mean `Best`?\n",
     );
 }

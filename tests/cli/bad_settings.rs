@@ -22,7 +22,7 @@ fn rows_and_attributes_that_are_not_there() {
     set(
         "train.stps=1",
         "error: pipe.ron:11:35: row `train`: `Train`: unknown attribute `stps`, expected one of: steps, micro_batches, \
-         log_every\n  help: did you mean `steps`?\n",
+         memory_budget, log_every, on_nonfinite\n  help: did you mean `steps`?\n",
     );
     set("train", "error: --set train: there is no `=`\n  help: write --set row.attribute=value\n");
 }

@@ -5,13 +5,19 @@ mod bad_data;
 mod bad_files;
 mod bad_settings;
 mod commands;
+mod damage;
 mod documents;
+mod faults;
 mod formats;
+mod import;
+mod pytorch;
+mod resume;
 mod runs;
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// A folder that the program runs in.
 struct Folder(tempfile::TempDir);
@@ -68,6 +74,23 @@ impl Folder {
         ran
     }
 
+    /// Starts the program in this folder.
+    #[track_caller]
+    fn start(&self, arguments: &[&str]) -> Started {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dataflow"));
+        let file = |name: &str| fs::File::create(self.path(name)).unwrap();
+        // files, because a pipe that nobody reads would stop the program
+        let (out, err) = (self.path("started.out"), self.path("started.err"));
+        command.args(arguments).current_dir(self.0.path()).stdin(Stdio::null());
+        let child = command.stdout(file("started.out")).stderr(file("started.err")).spawn().unwrap();
+        Started { child, out, err }
+    }
+
+    /// How many rows of metrics a run has written.
+    fn rows(&self, run: &str) -> usize {
+        fs::read_to_string(self.path(&format!("{run}/metrics.jsonl"))).map_or(0, |text| text.lines().count())
+    }
+
     /// The same for a run that must succeed; returns what it printed.
     #[track_caller]
     fn succeeds(&self, arguments: &[&str]) -> String {
@@ -89,6 +112,60 @@ impl Folder {
     #[track_caller]
     fn says(&self, arguments: &[&str], message: &str) {
         assert_eq!(self.fails(arguments), message, "{arguments:?}");
+    }
+}
+
+/// A program that runs.
+struct Started {
+    child: Child,
+    out: PathBuf,
+    err: PathBuf,
+}
+
+impl Started {
+    fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Sends a signal: `INT`, `TERM`.
+    fn signal(&self, name: &str) {
+        let done = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
+        assert!(done.success());
+    }
+
+    /// Waits until something is so, for two minutes at most.
+    #[track_caller]
+    fn wait_for(&mut self, what: impl Fn() -> bool) {
+        let start = Instant::now();
+        while !what() {
+            let (running, err) = (self.is_running(), fs::read_to_string(&self.err).unwrap());
+            assert!(running && start.elapsed() < Duration::from_secs(120), "running: {running}: {err}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// What it said as errors and warnings so far.
+    fn said(&self) -> String {
+        fs::read_to_string(&self.err).unwrap()
+    }
+
+    /// Waits for its end.
+    fn wait(mut self) -> Ran {
+        let code = self.child.wait().unwrap().code();
+        Ran { code, out: fs::read_to_string(&self.out).unwrap(), err: fs::read_to_string(&self.err).unwrap() }
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        // a test that failed leaves nothing behind
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

@@ -10,12 +10,12 @@ use super::{Folder, edited, repository};
 
 /// The rows of `metrics.jsonl` without the speed, which no two runs share. The numbers stay text: equal text is equal
 /// bits.
-fn figures(folder: &Folder, run: &str) -> Vec<String> {
+pub(super) fn figures(folder: &Folder, run: &str) -> Vec<String> {
     let text = folder.read(&format!("{run}/metrics.jsonl"));
     text.lines().map(|l| l.split(",\"tokens_per_s\"").next().unwrap().to_string()).collect()
 }
 
-fn weights(folder: &Folder, run: &str, which: &str) -> Vec<u8> {
+pub(super) fn weights(folder: &Folder, run: &str, which: &str) -> Vec<u8> {
     fs::read(folder.path(&format!("{run}/{which}.safetensors"))).unwrap()
 }
 
@@ -95,7 +95,7 @@ fn the_run_folder() {
     let events: Vec<_> = names.iter().filter(|n| n.starts_with("events.out.tfevents.")).collect();
     assert_eq!(events.len(), 1, "{names:?}");
     assert!(fs::metadata(folder.path("mine").join(events[0])).unwrap().len() > 200);
-    assert_eq!(names.len(), 6, "nothing but resolved, metrics, events, curve and two checkpoints: {names:?}");
+    assert_eq!(names.len(), 8, "run, resolved, metrics, events, curve, checkpoints and two weight files: {names:?}");
 
     let vocabulary = folder.read(&format!("{}/train.json", folder.prepared().display()));
     let vocabulary: Value = serde_json::from_str(&vocabulary).unwrap();

@@ -25,13 +25,18 @@ pub fn update(world: &mut World) -> Result<(), Errors> {
     attach(world, &options, &optimizer).map_err(|e| Diagnostic::new(format!("optimizer: {}", e.0)).into())
 }
 
+/// The name of the state that sums a parameter's gradients over micro-batches.
+pub(crate) fn gradient_sum(parameter: &str) -> String {
+    format!("{parameter}.gradient")
+}
+
 fn attach(world: &mut World, options: &Options, optimizer: &OptimizerRef) -> Result<(), OpError> {
     let mut accumulators = Vec::new();
     if options.micro_batches > 1 {
         let parameters = world.resource::<Parameters>().cloned().unwrap_or_default();
         for value in parameters.0 {
             let Some(&GradientOf(gradient)) = world.get(value) else { continue };
-            let name = format!("{}.gradient", world.expect::<Name>(value).0);
+            let name = gradient_sum(&world.expect::<Name>(value).0);
             let tensor = world.expect::<TensorType>(value).clone();
             let total = state(world, &name, tensor);
             let op = Arc::new(Accumulate);

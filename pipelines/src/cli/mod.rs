@@ -2,6 +2,7 @@
 
 mod bench;
 mod check;
+mod import;
 mod model_args;
 mod ops;
 mod plan;
@@ -33,6 +34,8 @@ struct Cli {
 enum Command {
     /// Run a pipeline: prepare data, train, evaluate, write the run folder
     Run(run::Run),
+    /// Make a run folder of weights from elsewhere: safetensors, PyTorch state_dicts, Hugging Face names
+    Import(import::Import),
     /// Parse, expand and infer models and pipelines; print every error at once
     Check(check::Check),
     /// List the registered ops and stages, or describe one
@@ -104,6 +107,7 @@ pub fn run(registry: &Arc<Registry>, arguments: impl IntoIterator<Item = OsStrin
     };
     let done = match cli.command {
         Command::Run(run) => run.run(registry),
+        Command::Import(import) => import.run(registry),
         Command::Check(check) => check.run(registry),
         Command::Ops(ops) => ops.run(registry),
         Command::Plan(plan) => plan.run(registry),

@@ -1,6 +1,6 @@
 //! Batches of inputs and targets, and what gives them.
 
-use super::token_file::TokenFileError;
+use super::token_file::{TokenFileError, Tokenizer};
 use super::whole_windows::WholeWindows;
 
 /// The target of a position that no loss is taken at.
@@ -105,6 +105,11 @@ pub trait BatchSource: Send + Sync {
 
     /// Every token and target is below this.
     fn vocabulary(&self) -> usize;
+
+    /// What turned a text into tokens, where there is one.
+    fn tokenizer(&self) -> Option<&Tokenizer> {
+        None
+    }
 
     /// Makes `batch` the one that `draw` says, reusing its memory.
     fn fill(&mut self, draw: Draw, batch: &mut Batch) -> Result<(), BatchError>;

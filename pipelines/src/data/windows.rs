@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::batch::{Batch, BatchError, BatchSource, Draw, Split, check_shape};
 use super::streams::row_stream;
-use super::token_file::{TokenFile, TokenSplits};
+use super::token_file::{TokenFile, TokenSplits, Tokenizer};
 use super::whole_windows::WholeWindows;
 
 /// `Windows(batch: 64, block: 256)`: each row starts at a random token and is asked for the next token at
@@ -67,6 +67,10 @@ impl BatchSource for WindowBatches {
 
     fn vocabulary(&self) -> usize {
         self.splits.train.vocabulary()
+    }
+
+    fn tokenizer(&self) -> Option<&Tokenizer> {
+        Some(&self.splits.train.description().tokenizer)
     }
 
     fn fill(&mut self, draw: Draw, batch: &mut Batch) -> Result<(), BatchError> {

@@ -59,9 +59,10 @@ impl Curve {
 
     /// Writes the picture.
     pub fn save(&mut self) -> Result<(), ReportError> {
+        // a try that fails counts too: a full disk is not asked at every row
+        self.drawn = Some(Instant::now());
         let svg = self.svg()?;
         files::write_atomically(&self.path, |file| file.write_all(svg.as_bytes()))?;
-        self.drawn = Some(Instant::now());
         self.changed = false;
         Ok(())
     }

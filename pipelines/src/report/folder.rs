@@ -1,7 +1,7 @@
 //! The folder of a run.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use super::ReportError;
@@ -10,24 +10,28 @@ use crate::files::{self, FileError};
 /// The pipeline as it ran: the file that makes a folder a run's.
 pub const RESOLVED: &str = "resolved.ron";
 
+/// How the run was started.
+pub const ORIGIN: &str = "run.ron";
+
 /// The folder that a run writes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunFolder {
     path: PathBuf,
+    /// What [`ORIGIN`] and [`RESOLVED`] hold, in the order in which they are written.
+    texts: Vec<(&'static str, String)>,
 }
 
 impl RunFolder {
     /// A new folder `<pipeline>-<number>` in `runs`, with the first number that is free.
     pub fn create(runs: &Path, pipeline: &str) -> Result<RunFolder, ReportError> {
         files::create_folder(runs)?;
-        let safe = |c: char| if c.is_alphanumeric() || matches!(c, '-' | '_' | '.') { c } else { '_' };
-        let pipeline: String = pipeline.chars().map(safe).collect();
+        let pipeline = safe(pipeline);
         let mut number = largest_number(runs, &pipeline)? + 1;
         loop {
             let path = runs.join(format!("{pipeline}-{number:03}"));
             // Creating and testing in one: two runs that start together get different folders.
             match fs::create_dir(&path) {
-                Ok(()) => return Ok(RunFolder { path }),
+                Ok(()) => return Ok(RunFolder { path, texts: Vec::new() }),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number += 1,
                 Err(source) => return Err(FileError { action: "create the folder", path, source }.into()),
             }
@@ -37,7 +41,7 @@ impl RunFolder {
     /// The folder the user chose for a new run. It may exist, but not hold a run.
     pub fn at(path: &Path) -> Result<RunFolder, ReportError> {
         files::create_folder(path)?;
-        let folder = RunFolder { path: path.into() };
+        let folder = RunFolder { path: path.into(), texts: Vec::new() };
         match folder.resolved().exists() || folder.metrics().exists() {
             true => Err(ReportError::FolderInUse(path.into())),
             false => Ok(folder),
@@ -46,7 +50,7 @@ impl RunFolder {
 
     /// The folder of an earlier run.
     pub fn resume(path: &Path) -> Result<RunFolder, ReportError> {
-        let folder = RunFolder { path: path.into() };
+        let folder = RunFolder { path: path.into(), texts: Vec::new() };
         match folder.resolved().is_file() {
             true => Ok(folder),
             false => Err(ReportError::NothingToResume { path: path.into(), missing: RESOLVED }),
@@ -55,8 +59,28 @@ impl RunFolder {
 
     /// The folder of the latest run of a pipeline in `runs`, for `--resume` without a folder.
     pub fn latest(runs: &Path, pipeline: &str) -> Result<RunFolder, ReportError> {
-        let number = largest_number(runs, pipeline)?;
+        let pipeline = safe(pipeline);
+        let number = largest_number(runs, &pipeline)?;
         RunFolder::resume(&runs.join(format!("{pipeline}-{number:03}")))
+    }
+
+    /// Writes how the run was started and the pipeline as it runs.
+    pub fn describe(&mut self, origin: String, resolved: String) -> Result<(), FileError> {
+        // the one that makes the folder a run's comes last
+        self.texts = vec![(ORIGIN, origin), (RESOLVED, resolved)];
+        self.texts.iter().try_for_each(|text| self.write(text))
+    }
+
+    fn write(&self, (name, text): &(&'static str, String)) -> Result<(), FileError> {
+        files::write_atomically(&self.file(name), |file| file.write_all(text.as_bytes()))
+    }
+
+    /// Makes the folder and its description anew where somebody removed them; whether that was so.
+    pub fn restore(&self) -> Result<bool, FileError> {
+        let missing = |text: &&(&'static str, String)| !self.file(text.0).exists();
+        let missing: Vec<_> = self.texts.iter().filter(missing).collect();
+        missing.iter().try_for_each(|text| self.write(text))?;
+        Ok(!missing.is_empty())
     }
 
     /// The folder.
@@ -67,6 +91,11 @@ impl RunFolder {
     /// A file of the folder.
     pub fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
+    }
+
+    /// How the run was started.
+    pub fn origin(&self) -> PathBuf {
+        self.file(ORIGIN)
     }
 
     /// The pipeline as it ran.
@@ -83,6 +112,12 @@ impl RunFolder {
     pub fn curve(&self) -> PathBuf {
         self.file("loss.svg")
     }
+}
+
+/// A name that is good for a folder.
+fn safe(name: &str) -> String {
+    let safe = |c: char| if c.is_alphanumeric() || matches!(c, '-' | '_' | '.') { c } else { '_' };
+    name.chars().map(safe).collect()
 }
 
 /// The largest number of the folders `<pipeline>-<number>`; 0 when there are none.
@@ -126,6 +161,18 @@ mod tests {
         assert!(message.contains("already holds a run") && message.contains("--out"), "{message}");
         assert_eq!(RunFolder::resume(&path).unwrap(), run);
         assert!(RunFolder::latest(folder.path(), "none").is_err());
+    }
+
+    #[test]
+    fn a_folder_that_is_gone_is_made_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = RunFolder::at(&folder.path().join("out")).unwrap();
+        run.describe("origin".into(), "resolved".into()).unwrap();
+        assert!(!run.restore().unwrap());
+        fs::remove_dir_all(run.path()).unwrap();
+        assert!(run.restore().unwrap());
+        assert_eq!(fs::read_to_string(run.origin()).unwrap(), "origin");
+        assert_eq!(fs::read_to_string(run.resolved()).unwrap(), "resolved");
     }
 
     #[test]

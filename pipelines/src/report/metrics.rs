@@ -1,11 +1,12 @@
 //! `metrics.jsonl`: one JSON object per line, for a training step or an evaluation.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::io::{self, Write};
+use std::path::Path;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::append::AppendFile;
 use super::{ReportError, Sink};
 use crate::files::{self, FileError};
 
@@ -99,26 +100,23 @@ pub fn read(path: &Path) -> Result<Vec<Row>, ReportError> {
 /// The file, open for more rows.
 #[derive(Debug)]
 pub struct MetricsFile {
-    path: PathBuf,
-    file: BufWriter<File>,
+    file: AppendFile,
+    line: Vec<u8>,
 }
 
 impl MetricsFile {
     /// An empty file.
     pub fn create(path: &Path) -> Result<MetricsFile, ReportError> {
-        files::create_folder(files::parent(path))?;
-        let file = File::create(path).map_err(FileError::on("write", path))?;
-        Ok(MetricsFile { path: path.into(), file: BufWriter::new(file) })
+        Ok(MetricsFile { file: AppendFile::create(path)?, line: Vec::new() })
     }
 
-    /// The file of a run that goes on after `step`: the rows up to it stay and are returned, later ones,
+    /// The file of a run that goes on with `step`: the rows before it stay and are returned, later ones,
     /// written after the checkpoint, go.
     pub fn resume(path: &Path, step: u64) -> Result<(MetricsFile, Vec<Row>), ReportError> {
         let mut rows = if path.exists() { read(path)? } else { Vec::new() };
-        rows.retain(|row| row.step() <= step);
+        rows.retain(|row| row.step() < step);
         files::write_atomically(path, |file| rows.iter().try_for_each(|row| write_row(file, row)))?;
-        let file = OpenOptions::new().append(true).open(path).map_err(FileError::on("write", path))?;
-        Ok((MetricsFile { path: path.into(), file: BufWriter::new(file) }, rows))
+        Ok((MetricsFile { file: AppendFile::extend(path)?, line: Vec::new() }, rows))
     }
 }
 
@@ -129,19 +127,18 @@ fn write_row(file: &mut impl Write, row: &Row) -> io::Result<()> {
 
 impl Sink for MetricsFile {
     fn record(&mut self, row: &Row) -> Result<(), ReportError> {
-        write_row(&mut self.file, row).map_err(FileError::on("write", &self.path))?;
+        self.line.clear();
+        write_row(&mut self.line, row).map_err(FileError::on("write", self.file.path()))?;
+        self.file.push(&self.line);
         Ok(())
     }
 
     fn flush(&mut self) -> Result<(), ReportError> {
-        self.file.flush().map_err(FileError::on("write", &self.path))?;
-        Ok(())
+        Ok(self.file.flush()?)
     }
 
-    fn finish(&mut self) -> Result<(), ReportError> {
-        self.flush()?;
-        self.file.get_ref().sync_all().map_err(FileError::on("write", &self.path))?;
-        Ok(())
+    fn sync(&mut self) -> Result<(), ReportError> {
+        Ok(self.file.sync()?)
     }
 }
 
@@ -214,7 +211,7 @@ pub(crate) mod tests {
         let mut text = fs::read_to_string(&path).unwrap();
         text.push_str("{\"step\":10,\"tok");
         fs::write(&path, text).unwrap();
-        let (mut file, rows) = MetricsFile::resume(&path, 6).unwrap();
+        let (mut file, rows) = MetricsFile::resume(&path, 7).unwrap();
         assert_eq!(rows.len(), 7);
         file.record(&step(7, 70.0)).unwrap();
         file.finish().unwrap();

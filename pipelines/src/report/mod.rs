@@ -1,14 +1,17 @@
 //! What a run shows and leaves behind: its folder, metrics, curves, and the progress on the screen.
 
+pub mod append;
 pub mod curve;
 pub mod folder;
 pub mod metrics;
+pub mod notices;
 pub mod progress;
 pub mod recorder;
 pub mod tensorboard;
 
 pub use folder::RunFolder;
 pub use metrics::{EvaluationRow, Losses, Row, StepRow};
+pub use notices::Notices;
 pub use recorder::{Recorder, Sink};
 
 use std::path::PathBuf;

@@ -97,6 +97,14 @@ impl Progress {
         }
     }
 
+    /// Shows a warning: above the bar where there is one, else on standard error.
+    pub fn warning(&mut self, text: &str) {
+        match &mut self.screen {
+            Screen::Bar(bar) => bar.println(format!("warning: {text}")),
+            Screen::Plain(_) => eprintln!("warning: {text}"),
+        }
+    }
+
     /// Leaves the last state on the screen.
     pub fn finish(&mut self) {
         match &mut self.screen {

@@ -10,19 +10,18 @@
 //! SessionLog { enum status = 1 (START = 1); }
 //! ```
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use super::append::AppendFile;
 use super::{ReportError, Row, Sink};
-use crate::files::{self, FileError};
+use crate::files;
 
 /// An event file, open for more scalars.
 #[derive(Debug)]
 pub struct EventFile {
-    path: PathBuf,
-    file: BufWriter<File>,
+    file: AppendFile,
     /// The event under construction.
     event: Vec<u8>,
     /// The summary under construction.
@@ -37,29 +36,28 @@ impl EventFile {
         let seconds = now() as u64;
         let name = format!("events.out.tfevents.{seconds:010}.dataflow.{}", std::process::id());
         let mut count = 0;
-        let (path, file) = loop {
-            let path = folder.join(format!("{name}.{count}"));
-            match OpenOptions::new().write(true).create_new(true).open(&path) {
-                Ok(file) => break (path, file),
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => count += 1,
-                Err(source) => return Err(FileError { action: "write", path, source }.into()),
+        let file = loop {
+            match AppendFile::create_new(&folder.join(format!("{name}.{count}"))) {
+                Ok(file) => break file,
+                Err(error) if error.source.kind() == io::ErrorKind::AlreadyExists => count += 1,
+                Err(error) => return Err(error.into()),
             }
         };
-        let mut new = EventFile { path, file: BufWriter::new(file), event: Vec::new(), summary: Vec::new() };
-        new.write(0, |event| bytes_field(event, 3, b"brain.Event:2"))?;
+        let mut new = EventFile { file, event: Vec::new(), summary: Vec::new() };
+        new.write(0, |event| bytes_field(event, 3, b"brain.Event:2"));
         if first_step > 0 {
             const START: [u8; 2] = [1 << 3, 1];
-            new.write(first_step, |event| bytes_field(event, 7, &START))?;
+            new.write(first_step, |event| bytes_field(event, 7, &START));
         }
         Ok(new)
     }
 
     /// The file.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.file.path()
     }
 
-    fn scalars(&mut self, step: u64, scalars: &[(&str, f32)]) -> Result<(), ReportError> {
+    fn scalars(&mut self, step: u64, scalars: &[(&str, f32)]) {
         let mut summary = std::mem::take(&mut self.summary);
         summary.clear();
         for (tag, value) in scalars {
@@ -71,13 +69,12 @@ impl EventFile {
             summary.push(2 << 3 | FIXED_32);
             summary.extend(value.to_le_bytes());
         }
-        let result = self.write(step, |event| bytes_field(event, 5, &summary));
+        self.write(step, |event| bytes_field(event, 5, &summary));
         self.summary = summary;
-        result
     }
 
     /// Writes an event of the time, the step, and the field that `content` appends.
-    fn write(&mut self, step: u64, content: impl FnOnce(&mut Vec<u8>)) -> Result<(), ReportError> {
+    fn write(&mut self, step: u64, content: impl FnOnce(&mut Vec<u8>)) {
         let event = &mut self.event;
         event.clear();
         event.push(1 << 3 | FIXED_64);
@@ -87,8 +84,7 @@ impl EventFile {
         content(event);
         let length = (event.len() as u64).to_le_bytes();
         let frame = [&length[..], &masked_crc(&length), event, &masked_crc(event)];
-        frame.iter().try_for_each(|part| self.file.write_all(part)).map_err(FileError::on("write", &self.path))?;
-        Ok(())
+        frame.iter().for_each(|part| self.file.push(part));
     }
 }
 
@@ -104,7 +100,7 @@ impl Sink for EventFile {
                     ("train/mfu", row.mfu.unwrap_or_default() as f32),
                 ];
                 let known = if row.mfu.is_some() { 5 } else { 4 };
-                self.scalars(row.step, &scalars[..known])
+                self.scalars(row.step, &scalars[..known]);
             }
             Row::Evaluation(row) => {
                 let scalars = [
@@ -113,14 +109,14 @@ impl Sink for EventFile {
                     ("eval/accuracy", row.accuracy.unwrap_or_default() as f32),
                 ];
                 let known = if row.accuracy.is_some() { 3 } else { 2 };
-                self.scalars(row.step, &scalars[..known])
+                self.scalars(row.step, &scalars[..known]);
             }
         }
+        Ok(())
     }
 
     fn flush(&mut self) -> Result<(), ReportError> {
-        self.file.flush().map_err(FileError::on("write", &self.path))?;
-        Ok(())
+        Ok(self.file.flush()?)
     }
 }
 

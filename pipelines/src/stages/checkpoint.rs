@@ -1,160 +1,194 @@
-//! `Checkpoint`: weights as safetensors, written by a thread of its own.
+//! `Checkpoint`: what a run saves, and how much of it stays.
 
-use std::collections::HashMap;
-use std::path::PathBuf;
-use std::thread::JoinHandle;
+use std::cell::Cell;
+use std::fmt;
 
-use crossbeam::channel::{Sender, bounded};
+use dataflow_graph::format::number::Size;
 use dataflow_graph::registry::{Info, Registry};
-use safetensors::tensor::{Dtype, TensorView};
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeSeed, EnumAccess, VariantAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{Hook, Kind, Product, Run, RunFolderChoice, Stage, StageError, StageRegistry};
-use crate::files::{FileError, write_atomically};
+use crate::checkpoint::store::Entry;
+use crate::checkpoint::{Job, Writer};
 use crate::trainer::Trainer;
 
-/// Which weights are kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Which checkpoints are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Keep {
-    /// Those of the lowest validation loss, in `best.safetensors`.
+    /// That of the lowest validation loss; its weights are in `best.safetensors` too.
     Best,
-    /// Those after the last step, in `last.safetensors`.
-    Last,
+    /// So many of the latest, taken every `every` steps and after the last one, whose weights are in
+    /// `last.safetensors` too. `Last` alone keeps two.
+    Last(Size),
+    /// One every so many steps, all of them, and the last one.
+    Every(Size),
 }
 
-/// Writes the parameters under their names, in `f32`.
+/// Saves parameters, optimizer and position, so that the run can go on from there.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Checkpoint {
     keep: Keep,
+    /// Steps between two checkpoints of `Last`.
+    #[serde(default = "quarter_thousand")]
+    every: Size,
+}
+
+fn quarter_thousand() -> Size {
+    Size(250)
+}
+
+/// `Last` may stand alone, which serde's derived code cannot say.
+impl<'de> Deserialize<'de> for Keep {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_enum("Keep", &["Best", "Last", "Every"], KeepVisitor)
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(variant_identifier)]
+enum Name {
+    Best,
+    Last,
+    Every,
+}
+
+struct KeepVisitor;
+
+impl<'de> Visitor<'de> for KeepVisitor {
+    type Value = Keep;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Best, Last(n) or Every(k)")
+    }
+
+    fn visit_enum<A: EnumAccess<'de>>(self, access: A) -> Result<Keep, A::Error> {
+        let (name, content) = access.variant::<Name>()?;
+        match name {
+            Name::Best => content.unit_variant().map(|()| Keep::Best),
+            Name::Every => content.newtype_variant().map(Keep::Every),
+            Name::Last => {
+                let met = Cell::new(false);
+                match content.newtype_variant_seed(Noting(&met)) {
+                    // there are no parentheses
+                    Err(_) if !met.get() => Ok(Keep::Last(Size(2))),
+                    n => n.map(Keep::Last),
+                }
+            }
+        }
+    }
+}
+
+/// A number, and whether there was one.
+struct Noting<'a>(&'a Cell<bool>);
+
+impl<'de> DeserializeSeed<'de> for Noting<'_> {
+    type Value = Size;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Size, D::Error> {
+        self.0.set(true);
+        Size::deserialize(deserializer)
+    }
 }
 
 impl Stage for Checkpoint {
     fn inputs(&self) -> &'static [Kind] {
         match self.keep {
             Keep::Best => &[Kind::Evaluation],
-            Keep::Last => &[Kind::Training],
+            Keep::Last(_) | Keep::Every(_) => &[Kind::Training],
         }
     }
     fn output(&self) -> Kind {
         Kind::Training
     }
     fn start(&self, run: &mut Run, _: &[&Product]) -> Result<Product, StageError> {
-        let RunFolderChoice::Made(folder) = &run.folder else {
-            return Err(StageError::Message("no stage trains a model before this one".into()));
+        if let (_, 0) | (Keep::Last(Size(0)) | Keep::Every(Size(0)), _) = (self.keep, *self.every) {
+            return Err(StageError::Message("`every` and the number of `keep` must be at least 1".into()));
+        }
+        let writer = run.writer()?;
+        writer.keep(|policy| match self.keep {
+            Keep::Best => {}
+            Keep::Last(n) => policy.last = Some(policy.last.map_or(*n, |m| m.max(*n))),
+            Keep::Every(k) => policy.every.push(*k as u64),
+        });
+        let best = match (&run.folder, run.resumed) {
+            // the lowest loss so far is that of the checkpoint on the disk
+            (RunFolderChoice::Made(folder), Some(from)) if self.keep == Keep::Best => {
+                lowest(folder.path(), from.step).map_err(StageError::from_error)?
+            }
+            _ => f64::INFINITY,
         };
-        let name = match self.keep {
-            Keep::Best => "best.safetensors",
-            Keep::Last => "last.safetensors",
-        };
-        let writer = Writer::start(folder.file(name)).map_err(StageError::from_error)?;
-        run.hooks.push(Box::new(Keeper { keep: self.keep, best: f64::INFINITY, writer: Some(writer) }));
+        run.hooks.push(Box::new(Keeper { keep: self.keep, every: *self.every as u64, best, writer }));
         Ok(Product::Training)
     }
 }
 
+/// The lowest loss of the best checkpoints up to `step`; damaged ones go.
+fn lowest(folder: &std::path::Path, step: u64) -> Result<f64, crate::files::FileError> {
+    let store = crate::checkpoint::Store::of(folder);
+    let mut lowest = f64::INFINITY;
+    for entry in store.list()?.into_iter().filter(|e| e.best) {
+        match crate::checkpoint::store::Verified::open(&store.path(entry)) {
+            Ok(checkpoint) if entry.step <= step => {
+                lowest = checkpoint.sidecar.evaluation.map_or(lowest, |e| e.val.min(lowest));
+            }
+            _ => store.remove(entry)?,
+        }
+    }
+    Ok(lowest)
+}
+
 struct Keeper {
     keep: Keep,
+    every: u64,
     best: f64,
-    writer: Option<Writer>,
+    writer: Writer,
+}
+
+impl Keeper {
+    fn save(&self, trainer: &mut Trainer, best: bool) -> Result<(), StageError> {
+        let entry = Entry { step: trainer.position().step, best };
+        let job = Job { entry, snapshot: trainer.snapshot()? };
+        self.writer.submit(job).map_err(StageError::from_error)
+    }
 }
 
 impl Hook for Keeper {
     fn after(&mut self, trainer: &mut Trainer, done: u64, last: bool) -> Result<(), StageError> {
-        let wanted = match self.keep {
-            Keep::Last => last,
-            // an evaluation of this very moment: its hook runs before this one
-            Keep::Best => trainer.last_evaluation().is_some_and(|e| e.step == done && e.eval.val < self.best),
-        };
-        if !wanted {
-            return Ok(());
+        self.writer.check().map_err(StageError::from_error)?;
+        let due = |every: u64| last || (done > 0 && done.is_multiple_of(every));
+        match self.keep {
+            Keep::Best => {
+                // an evaluation of this very moment: its hook runs before this one
+                let row = trainer.last_evaluation().filter(|e| e.step == done && e.eval.val < self.best);
+                if let Some(val) = row.map(|e| e.eval.val) {
+                    self.best = val;
+                    self.save(trainer, true)?;
+                }
+            }
+            Keep::Last(_) if due(self.every) => self.save(trainer, false)?,
+            Keep::Every(k) if due(*k as u64) => self.save(trainer, false)?,
+            Keep::Last(_) | Keep::Every(_) => {}
         }
-        let mut about = HashMap::from([("step".to_string(), done.to_string())]);
-        if let Some(row) = trainer.last_evaluation() {
-            self.best = row.eval.val;
-            about.insert("validation_loss".into(), row.eval.val.to_string());
-        }
-        let snapshot = Snapshot { parameters: trainer.snapshot(), about };
-        self.writer.as_ref().map_or(Ok(()), |w| w.write(snapshot))
+        Ok(())
+    }
+
+    fn stop(&mut self, trainer: &mut Trainer) -> Result<bool, StageError> {
+        self.save(trainer, false).map(|()| true)
     }
 
     fn finish(&mut self, _: &mut Trainer) -> Result<(), StageError> {
-        self.writer.take().map_or(Ok(()), Writer::finish)
+        self.writer.finish().map_err(StageError::from_error)
     }
-}
-
-/// Parameters at one moment.
-struct Snapshot {
-    parameters: Vec<(String, Vec<usize>, Vec<f32>)>,
-    about: HashMap<String, String>,
-}
-
-/// The thread that writes: a step never waits for the disk, unless the checkpoint before is still being written.
-struct Writer {
-    snapshots: Sender<Snapshot>,
-    thread: JoinHandle<Result<(), FileError>>,
-}
-
-impl Writer {
-    fn start(path: PathBuf) -> std::io::Result<Self> {
-        let (snapshots, received) = bounded::<Snapshot>(1);
-        let thread = std::thread::Builder::new()
-            .name("checkpoint".into())
-            .spawn(move || received.iter().try_for_each(|snapshot| save(&path, &snapshot)))?;
-        Ok(Self { snapshots, thread })
-    }
-
-    fn write(&self, snapshot: Snapshot) -> Result<(), StageError> {
-        self.snapshots
-            .send(snapshot)
-            .map_err(|_| StageError::Message("a checkpoint could not be written; the run ends".into()))
-    }
-
-    fn finish(self) -> Result<(), StageError> {
-        drop(self.snapshots);
-        match self.thread.join() {
-            Ok(result) => result.map_err(StageError::from_error),
-            Err(_) => Err(StageError::Message("the thread that writes checkpoints panicked; please report it".into())),
-        }
-    }
-}
-
-fn save(path: &std::path::Path, snapshot: &Snapshot) -> Result<(), FileError> {
-    let views: Vec<(&str, TensorView<'_>)> = snapshot
-        .parameters
-        .iter()
-        .map(|(name, shape, data)| {
-            let bytes = dataflow_kernels::device::as_bytes(data);
-            let view = TensorView::new(Dtype::F32, shape.clone(), bytes).expect("a parameter has its shape's elements");
-            (name.as_str(), view)
-        })
-        .collect();
-    write_atomically(path, |file| {
-        let mut bytes = safetensors::serialize(views, Some(snapshot.about.clone())).map_err(std::io::Error::other)?;
-        sort_header(&mut bytes).map_err(std::io::Error::other)?;
-        std::io::Write::write_all(file, &bytes)
-    })
-}
-
-/// Puts the JSON header into a fixed order. The notes about the file come from a hash map, so that without this two
-/// runs of one seed would write different bytes.
-fn sort_header(bytes: &mut [u8]) -> Result<(), serde_json::Error> {
-    let length = u64::from_le_bytes(bytes[..8].try_into().expect("a safetensors file starts with 8 bytes of length"));
-    let header = &mut bytes[8..8 + length as usize];
-    // maps of serde_json are sorted; the same entries take the same space
-    let sorted = serde_json::to_vec(&serde_json::from_slice::<serde_json::Value>(header)?)?;
-    if sorted.len() <= header.len() {
-        header.fill(b' ');
-        header[..sorted.len()].copy_from_slice(&sorted);
-    }
-    Ok(())
 }
 
 pub(super) fn register(registry: &mut Registry) {
     registry.stage::<Checkpoint>(Info {
         name: "Checkpoint",
-        about: "Weights as safetensors: those of the lowest validation loss, or those after the last step.",
-        inputs: &["eval for Best, train for Last"],
+        about: "Saves parameters, optimizer and position: the last n, one every k steps, or that of the lowest \
+                validation loss.",
+        inputs: &["eval for Best, train for Last(n) and Every(k)"],
         formula: "",
         source: "",
         example: "(keep: Best)",

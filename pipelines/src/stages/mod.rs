@@ -23,8 +23,11 @@ use dataflow_kernels::device::Device;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::checkpoint::Writer;
+use crate::checkpoint::store::Entry;
 use crate::data::{BatchSource, Text, TokenSplits};
 use crate::report::{RunFolder, StepRow};
+use crate::resume::Resume;
 use crate::trainer::Trainer;
 
 /// What flows from a stage to those that name it as an input.
@@ -128,6 +131,12 @@ pub struct Run {
     pub trainer: Option<Trainer>,
     /// What acts during training, in the order of the stages.
     pub hooks: Vec<Box<dyn Hook>>,
+    /// The text of the model where it comes from a checkpoint, because its file is gone.
+    pub model: Option<String>,
+    /// The checkpoint that the run goes on from, if it does.
+    pub resumed: Option<Entry>,
+    /// Made by the first stage that saves something.
+    pub writer: Option<Writer>,
 }
 
 /// Where a run writes.
@@ -136,9 +145,13 @@ pub enum RunFolderChoice {
     Wanted {
         /// `--out`
         out: Option<PathBuf>,
+        /// How the run was started, for `run.ron`.
+        origin: String,
         /// The pipeline as it runs.
         resolved: String,
     },
+    /// That of a run to go on with.
+    Resumed(Box<Resume>),
     /// It is there.
     Made(RunFolder),
 }
@@ -153,6 +166,27 @@ impl Run {
     }
 }
 
+impl Run {
+    /// The thread that writes checkpoints.
+    ///
+    /// # Errors
+    /// If there is no trainer, or the system has no more threads.
+    pub fn writer(&mut self) -> Result<Writer, StageError> {
+        let notices = self.trainer()?.notices().clone();
+        let RunFolderChoice::Made(folder) = &self.folder else {
+            return Err(StageError::Message("no stage trains a model before this one".into()));
+        };
+        if self.writer.is_none() {
+            let writer = Writer::start(folder.clone(), notices).map_err(StageError::from_error)?;
+            if let Some(entry) = self.resumed {
+                writer.has(entry);
+            }
+            self.writer = Some(writer);
+        }
+        self.writer.clone().ok_or_else(|| StageError::Message("the thread that writes checkpoints is gone".into()))
+    }
+}
+
 /// Something that happens while a model is trained.
 pub trait Hook: Send {
     /// After `done` updates: 0 before the first one; `last` after the last one.
@@ -163,6 +197,14 @@ pub trait Hook: Send {
 
     /// With the figures of an update.
     fn step(&mut self, _row: &StepRow) {}
+
+    /// When the run is asked to stop before its end: whether it saved where the run is.
+    ///
+    /// # Errors
+    /// Ends the run at once.
+    fn stop(&mut self, _trainer: &mut Trainer) -> Result<bool, StageError> {
+        Ok(false)
+    }
 
     /// At the end of the run: waits for what is still being written.
     ///

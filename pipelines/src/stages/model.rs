@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use dataflow_graph::diagnostic::{Diagnostic, Errors};
+use dataflow_graph::diagnostic::{Diagnostic, Errors, Source};
 use dataflow_graph::format::formula::Number;
 use dataflow_graph::format::model::ModelFile;
 use dataflow_graph::format::number::Scope;
@@ -35,13 +35,16 @@ pub struct Chosen {
     pub file: Arc<ModelFile>,
     /// Its config.
     pub scope: Scope,
+    /// What of its config the pipeline sets.
+    pub config: BTreeMap<String, Number>,
     /// Where batches come from.
     pub batches: Box<dyn BatchSource>,
 }
 
 impl Clone for Chosen {
     fn clone(&self) -> Self {
-        Self { file: self.file.clone(), scope: self.scope.clone(), batches: self.batches.duplicate() }
+        let (file, scope, config) = (self.file.clone(), self.scope.clone(), self.config.clone());
+        Self { file, scope, config, batches: self.batches.duplicate() }
     }
 }
 
@@ -51,21 +54,34 @@ impl Model {
     /// # Errors
     /// Everything that is wrong with the file, or names that it does not have.
     pub fn load(&self, pipeline: &Path, set: &[(&str, usize)]) -> Result<(Arc<ModelFile>, Scope), Errors> {
-        let beside = pipeline.parent().unwrap_or(Path::new("")).join(&self.file);
-        let path = [&self.file, &beside].into_iter().find(|p| p.exists()).ok_or_else(|| {
-            let file = self.file.display();
+        let path = self.path(pipeline).ok_or_else(|| {
+            let (file, beside) = (self.file.display(), beside(pipeline, &self.file));
             let beside = if beside == self.file { String::new() } else { format!(", nor `{}`", beside.display()) };
             Diagnostic::new(format!("there is no model file `{file}`{beside}"))
                 .help("name one with --set model.file=models/longhorn.ron")
         })?;
-        let file = Arc::new(ModelFile::read(path)?);
+        let file = Arc::new(ModelFile::read(&path)?);
+        let scope = file.config(&self.settings(set))?;
+        Ok((file, scope))
+    }
+
+    /// Where the file is, if it is anywhere: as named, or beside the pipeline.
+    pub fn path(&self, pipeline: &Path) -> Option<PathBuf> {
+        [self.file.clone(), beside(pipeline, &self.file)].into_iter().find(|p| p.exists())
+    }
+
+    /// What the row sets of the model's config, and what follows from the batches.
+    pub fn settings(&self, set: &[(&str, usize)]) -> BTreeMap<String, Number> {
         let mut config = self.config.clone();
         for (name, value) in set {
             config.entry((*name).to_string()).or_insert(Number::Int(*value as i64));
         }
-        let scope = file.config(&config)?;
-        Ok((file, scope))
+        config
     }
+}
+
+fn beside(pipeline: &Path, file: &Path) -> PathBuf {
+    pipeline.parent().unwrap_or(Path::new("")).join(file)
 }
 
 impl Stage for Model {
@@ -78,14 +94,24 @@ impl Stage for Model {
     fn start(&self, run: &mut Run, inputs: &[&Product]) -> Result<Product, StageError> {
         let [Product::Batches(batches)] = inputs else { unreachable!("kinds are checked before stages start") };
         let (vocabulary, block) = (batches.vocabulary(), batches.shape().1);
-        let (file, scope) = self.load(&run.pipeline, &[("vocab", vocabulary), ("block", block)])?;
+        let follows = [("vocab", vocabulary), ("block", block)];
+        let (file, scope) = match &run.model {
+            Some(text) => {
+                let source = Source { name: self.file.display().to_string(), text: text.clone() };
+                let file = Arc::new(ModelFile::parse(Arc::new(source))?);
+                let scope = file.config(&self.settings(&follows))?;
+                (file, scope)
+            }
+            None => self.load(&run.pipeline, &follows)?,
+        };
         if let Some(vocab) = scope.get("vocab").and_then(Number::int)
             && vocab < vocabulary as i64
         {
             let message = format!("the model has a vocabulary of {vocab}, but the tokens go up to {}", vocabulary - 1);
             return Err(StageError::Message(format!("{message}: leave `vocab` out of `config`, or raise it")));
         }
-        Ok(Product::Model(Chosen { file, scope, batches: batches.duplicate() }))
+        let config = self.settings(&follows);
+        Ok(Product::Model(Chosen { file, scope, config, batches: batches.duplicate() }))
     }
     fn model(&self) -> Option<&Model> {
         Some(self)

@@ -66,6 +66,11 @@ pub struct Optimized {
 }
 
 impl Optimized {
+    /// The learning-rate schedule, as in the pipeline.
+    pub fn schedule(&self) -> String {
+        ron::to_string(&self.settings.lr).unwrap_or_default()
+    }
+
     /// The optimizer for a training of so many steps.
     pub fn optimizer(&self, training_steps: u64) -> Arc<dyn Optimizer> {
         let schedule = match self.settings.lr {

@@ -5,9 +5,9 @@ use dataflow_graph::registry::{Info, Registry};
 use serde::{Deserialize, Serialize};
 
 use super::{Kind, Product, Run, RunFolderChoice, Stage, StageError, StageRegistry};
-use crate::files::write_atomically;
+use crate::checkpoint::Store;
 use crate::report::RunFolder;
-use crate::trainer::{Setup, Trainer};
+use crate::trainer::{OnNonfinite, Setup, Trainer};
 
 /// So many updates, each with the gradient of one or more batches.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -23,6 +23,9 @@ pub struct Train {
     /// Steps between lines of progress where the output is no terminal.
     #[serde(default = "hundred")]
     log_every: Size,
+    /// Whether a loss or gradient that is not finite ends the run (`Stop`) or drops the batch (`Skip`).
+    #[serde(default)]
+    on_nonfinite: OnNonfinite,
 }
 
 fn one() -> Size {
@@ -48,6 +51,11 @@ impl Stage for Train {
         if run.trainer.is_some() {
             return Err(StageError::Message("a pipeline trains one model: remove the other `Train` row".into()));
         }
+        let pipeline = match &run.folder {
+            RunFolderChoice::Wanted { resolved, .. } => resolved.clone(),
+            RunFolderChoice::Resumed(resume) => resume.file.source.text.clone(),
+            RunFolderChoice::Made(_) => String::new(),
+        };
         let setup = Setup {
             registry: run.registry.clone(),
             device: run.device.clone(),
@@ -58,20 +66,39 @@ impl Stage for Train {
             micro_batches: *self.micro_batches,
             log_every: *self.log_every as u64,
             memory_budget: self.memory_budget.map(|bytes| *bytes),
+            pipeline,
+            on_nonfinite: self.on_nonfinite,
         };
-        let trainer = Trainer::prepare(setup)?;
+        let mut trainer = Trainer::prepare(setup)?;
         // the folder is made once the model is known to be fine
-        if let RunFolderChoice::Wanted { out, resolved } = &run.folder {
-            let name = run.pipeline.file_stem().map_or("run".into(), |s| s.to_string_lossy().into_owned());
-            let folder = match out {
-                Some(path) => RunFolder::at(path),
-                None => RunFolder::create(std::path::Path::new("runs"), &name),
-            };
-            let folder = folder.map_err(StageError::from_error)?;
-            write_atomically(&folder.resolved(), |file| std::io::Write::write_all(file, resolved.as_bytes()))
+        let folder = match &run.folder {
+            RunFolderChoice::Made(folder) => folder.clone(),
+            RunFolderChoice::Wanted { out, origin, resolved } => {
+                let name = run.pipeline.file_stem().map_or("run".into(), |s| s.to_string_lossy().into_owned());
+                let mut folder = match out {
+                    Some(path) => RunFolder::at(path),
+                    None => RunFolder::create(std::path::Path::new("runs"), &name),
+                }
                 .map_err(StageError::from_error)?;
-            run.folder = RunFolderChoice::Made(folder);
-        }
+                folder.describe(origin.clone(), resolved.clone()).map_err(StageError::from_error)?;
+                folder
+            }
+            RunFolderChoice::Resumed(resume) => {
+                let mut folder = resume.folder.clone();
+                let store = Store::of(folder.path());
+                let first = resume.checkpoint.as_ref().map(|(entry, _)| *entry);
+                if let Some((_, checkpoint)) = &resume.checkpoint {
+                    trainer.restore(checkpoint).map_err(StageError::from_error)?;
+                }
+                store.sweep(first.map_or(0, |entry| entry.step)).map_err(StageError::from_error)?;
+                folder
+                    .describe(resume.origin.to_text()?, resume.file.source.text.clone())
+                    .map_err(StageError::from_error)?;
+                run.resumed = first;
+                folder
+            }
+        };
+        run.folder = RunFolderChoice::Made(folder);
         run.trainer = Some(trainer);
         Ok(Product::Training)
     }
