@@ -11,8 +11,7 @@ use super::{Folder, edited};
 /// A run with checkpoints of step 6 and 12.
 fn run() -> (Folder, PathBuf) {
     let folder = Folder::with_pipeline();
-    let text =
-        edited(super::PIPELINE, "(\"last\", Checkpoint(keep: Last)", "(\"last\", Checkpoint(keep: Last(2), every: 6)");
+    let text = edited(super::PIPELINE, "(\"last\", Checkpoint(keep: Last)", "(\"last\", Checkpoint(keep: Every(6))");
     let text = edited(&text, "        (\"best\", Checkpoint(keep: Best), [\"eval\"]),\n", "");
     folder.write("pipe.ron", edited(&text, "steps: 5", "steps: 12"));
     folder.succeeds(&["run", "pipe.ron", "--out", "mine"]);
