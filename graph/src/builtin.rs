@@ -3,6 +3,7 @@
 use std::ops::RangeInclusive;
 
 use dataflow_kernels::cpu::reduce;
+use dataflow_kernels::cuda;
 use dataflow_kernels::device::{Kernel, KernelError, Target};
 use dataflow_kernels::expression::{Argument, Builder, Program, Register};
 
@@ -89,7 +90,7 @@ impl Op for Fill {
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let value = self.value;
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| cuda::layout::fill(c, c.output(0), value))),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let mut out = a.rows_mut::<f32>(0);
                 (0..out.rows()).for_each(|r| out.row(r).fill(value));
@@ -125,7 +126,7 @@ impl Op for SumTo {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let rule = Broadcast::new(&self.shape, &node.inputs[0].shape).expect("checked by `infer`");
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| cuda::reduce::sum_to(c, c.input(0), c.output(0), rule.into()))),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let x = a.rows::<f32>(0);
                 match (rule.column, rule.modulo, rule.div) {
@@ -181,7 +182,7 @@ pub struct Clear;
 impl Op for Clear {
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(|c| cuda::layout::fill(c, c.output(0), 0.0))),
             Target::Cpu => Ok(Kernel::cpu(|a| {
                 a.slice_mut::<f32>(0).fill(0.0);
                 Ok(())
@@ -203,7 +204,7 @@ impl Op for Increment {
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(|c| cuda::layout::increment(c, c.output(0)))),
             Target::Cpu => Ok(Kernel::cpu(|a| {
                 a.slice_mut::<i32>(0)[0] += 1;
                 Ok(())

@@ -1,6 +1,8 @@
 //! What follows from an expression: shape rule, gradient and kernel of elementwise ops.
 
 use dataflow_kernels::cpu::interpreter::{Compiled, MAX_INPUTS, MAX_OUTPUTS, Operand};
+use dataflow_kernels::cuda;
+use dataflow_kernels::cuda::elementwise::Repeat;
 use dataflow_kernels::device::{Kernel, Target};
 use dataflow_kernels::expression::{Instruction, Program};
 use dataflow_kernels::{Rows, RowsMut};
@@ -73,6 +75,12 @@ impl Broadcast {
     }
 }
 
+impl From<Broadcast> for Repeat {
+    fn from(rule: Broadcast) -> Self {
+        Repeat { div: rule.div, modulo: rule.modulo, column: rule.column }
+    }
+}
+
 /// The gradient of an op that computes `program`.
 ///
 /// # Errors
@@ -115,12 +123,25 @@ pub fn gradient(program: &Program, g: &mut Gradient<'_>) -> Result<(), OpError> 
 /// The kernel of an op that computes `program`. A random program's last input is the step counter.
 ///
 /// # Errors
-/// None for the CPU.
+/// If a device cannot take so many inputs or outputs.
 pub fn lower(program: &Program, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
     match target {
-        Target::Cuda => Err(OpError::no_kernel(target)),
+        Target::Cuda => cuda(program, node),
         Target::Cpu => cpu(program, node),
     }
+}
+
+/// How each input of `program` repeats.
+fn rules(program: &Program, node: &NodeView<'_>) -> Result<Vec<Broadcast>, OpError> {
+    let shape = &node.outputs[0].shape;
+    let rule = |t: &TensorType| Broadcast::new(&t.shape, shape).ok_or_else(|| "cannot broadcast".into());
+    node.inputs[..program.inputs()].iter().map(rule).collect()
+}
+
+fn cuda(program: &Program, node: &NodeView<'_>) -> Result<Kernel, OpError> {
+    let repeats: Vec<Repeat> = rules(program, node)?.into_iter().map(Repeat::from).collect();
+    let (program, seed) = (program.clone(), node.seed);
+    Ok(Kernel::cuda(move |c| cuda::elementwise::launch(c, &program, &repeats, seed)))
 }
 
 fn cpu(program: &Program, node: &NodeView<'_>) -> Result<Kernel, OpError> {
@@ -129,10 +150,8 @@ fn cpu(program: &Program, node: &NodeView<'_>) -> Result<Kernel, OpError> {
         let message = format!("{n_inputs} inputs and {n_outputs} outputs exceed {MAX_INPUTS} and {MAX_OUTPUTS}");
         return Err(message.into());
     }
-    let shape = &node.outputs[0].shape;
     let rows = node.outputs[0].rows();
-    let rules = node.inputs[..n_inputs].iter().map(|t| Broadcast::new(&t.shape, shape).ok_or("cannot broadcast"));
-    let rules = rules.collect::<Result<Vec<_>, _>>()?;
+    let rules = rules(program, node)?;
     let compiled = Compiled::new(program);
     let (random, seed) = (program.is_random(), node.seed);
     Ok(Kernel::cpu(move |a| {

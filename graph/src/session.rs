@@ -161,6 +161,14 @@ impl Session {
         self.program.run(self.plan.step_range())
     }
 
+    /// Waits for what runs, and tells what went wrong: what was [`read`](Self::read) before is right if this is.
+    ///
+    /// # Errors
+    /// If a kernel refused its input, or the device failed.
+    pub fn check(&mut self) -> Result<(), DeviceError> {
+        self.program.check()
+    }
+
     /// Runs the launches of an update.
     ///
     /// # Errors

@@ -17,3 +17,6 @@ KERNEL fill(Rows<float> y, float value) {
 }
 
 KERNEL increment(int* counter) { *counter += 1; }
+
+// y = 1 - beta^n for update n, counted from 1, given the number of updates before.
+KERNEL bias_correction(const int* step, double beta, float* y) { *y = (float)(1.0 - pow(beta, *step + 1.0)); }

@@ -78,6 +78,16 @@ pub enum Region {
 impl Region {
     /// Every region, in the order of [`Device::load`]'s buffers.
     pub const ALL: [Region; 4] = [Region::Arena, Region::Parameters, Region::State, Region::Io];
+
+    /// Its place in [`ALL`](Self::ALL).
+    pub fn index(self) -> usize {
+        match self {
+            Region::Arena => 0,
+            Region::Parameters => 1,
+            Region::State => 2,
+            Region::Io => 3,
+        }
+    }
 }
 
 /// A tensor of a launch: a row-strided matrix in a region.
@@ -181,6 +191,37 @@ pub struct Launch {
     pub in_place: Vec<(usize, usize)>,
 }
 
+impl Launch {
+    /// Checks that every operand lies in its region, whose sizes are `bytes`, and that none overlaps one that is written.
+    ///
+    /// # Errors
+    /// [`DeviceError::Plan`]
+    pub(crate) fn validate(&self, bytes: [usize; 4]) -> Result<(), DeviceError> {
+        let wrong = |what: String| Err(DeviceError::Plan { launch: self.name.clone(), what });
+        for operand in self.inputs.iter().chain(&self.outputs) {
+            let len = bytes[operand.region.index()];
+            if operand.span().end > len || !operand.offset.is_multiple_of(operand.dtype.size()) {
+                return wrong(format!("{operand:?} lies outside of its region of {len} bytes"));
+            }
+            if operand.rows > 1 && operand.stride < operand.cols {
+                return wrong(format!("rows of {operand:?} overlap"));
+            }
+        }
+        for (o, output) in self.outputs.iter().enumerate() {
+            for (i, input) in self.inputs.iter().enumerate() {
+                let allowed = self.in_place.contains(&(o, i)) && input == output;
+                if input.overlaps(output) && !allowed {
+                    return wrong(format!("output {o} overlaps input {i}: {output:?}, {input:?}"));
+                }
+            }
+            if let Some(other) = self.outputs[..o].iter().position(|other| other.overlaps(output)) {
+                return wrong(format!("outputs {o} and {other} overlap"));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// What can go wrong on a device.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
@@ -203,6 +244,9 @@ pub enum DeviceError {
         /// The kernel's words.
         source: KernelError,
     },
+    /// The device itself does not do what it is asked to.
+    #[error("{0}")]
+    Failed(String),
 }
 
 /// Device memory. Clones share it.
@@ -265,6 +309,15 @@ pub trait Program: Send {
     /// # Errors
     /// As `run`.
     fn run_timed(&mut self, range: Range<usize>, seconds: &mut [f64]) -> Result<(), DeviceError>;
+
+    /// Waits until everything that was asked for is done, and tells what went wrong meanwhile: a device may run
+    /// behind the program that asks.
+    ///
+    /// # Errors
+    /// As `run`.
+    fn check(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
 }
 
 /// Numbers that go to a device as they lie in memory.

@@ -10,6 +10,7 @@ use dataflow_graph::op::{Cost, NodeView, Op, OpError, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::attention::{self, Dims};
+use dataflow_kernels::cuda::attention as cuda;
 use dataflow_kernels::device::{Arguments, Kernel, Target};
 use dataflow_kernels::random::Keep;
 use serde::{Deserialize, Serialize};
@@ -70,7 +71,11 @@ impl Op for CausalAttention {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (dims, p, seed, site) = (self.dims(&node.inputs[0])?, self.dropout.0 as f32, node.seed, self.site);
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let dropout = (p > 0.0).then(|| cuda::Dropout { seed, site, p, step: c.input(3) });
+                let (q, k, v) = (c.input(0), c.input(1), c.input(2));
+                cuda::forward(c, dims, q, k, v, dropout, c.output(0), c.output(1))
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let mask = Self::mask(p, seed, site, a, 3);
                 attention::forward(dims, a.rows(0), a.rows(1), a.rows(2), mask, a.rows_mut(0), a.slice_mut(1));
@@ -133,7 +138,12 @@ impl Op for CausalAttentionGradient {
         let op = &self.0;
         let (dims, p, seed, site) = (op.dims(&node.inputs[0])?, op.dropout.0 as f32, node.seed, op.site);
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let dropout = (p > 0.0).then(|| cuda::Dropout { seed, site, p, step: c.input(6) });
+                let (q, k, v, y, lse, dy) = (c.input(0), c.input(1), c.input(2), c.input(3), c.input(4), c.input(5));
+                let (dq, dk, dv) = (c.output(0), c.output(1), c.output(2));
+                cuda::backward(c, dims, q, k, v, dropout, y, lse, dy, dq, dk, dv)
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let mask = CausalAttention::mask(p, seed, site, a, 6);
                 let (dq, dk, dv) = (a.rows_mut(0), a.rows_mut(1), a.rows_mut(2));

@@ -14,6 +14,7 @@ use dataflow_graph::types::TensorType;
 use dataflow_kernels::Rows;
 use dataflow_kernels::cpu::conv1d::{self, Conv, MAX_TAPS};
 use dataflow_kernels::cpu::threads::with_scratch;
+use dataflow_kernels::cuda::conv1d as cuda;
 use dataflow_kernels::device::{Kernel, Target};
 use serde::{Deserialize, Serialize};
 
@@ -84,7 +85,10 @@ impl Op for CausalConv1d {
         let (_, time, _) = sizes(&node.inputs[0])?;
         let (bias, silu) = (*self.bias, self.activation == Activation::Silu);
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let conv = cuda::Conv { weight: c.input(1), bias: bias.then(|| c.input(2)), silu };
+                cuda::forward(c, conv, c.input(0), time, c.output(0))
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let conv = Conv { weight: a.slice(1), bias: bias.then(|| a.slice(2)), silu };
                 conv1d::forward(conv, a.rows(0), time, None, a.rows_mut(0), None);
@@ -137,7 +141,11 @@ impl Op for CausalConv1dGradient {
         let (_, time, _) = sizes(&node.inputs[1])?;
         let (bias, silu) = (*self.0.bias, self.0.activation == Activation::Silu);
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let conv = cuda::Conv { weight: c.input(2), bias: bias.then(|| c.input(3)), silu };
+                let dbias = bias.then(|| c.output(2));
+                cuda::backward(c, conv, c.input(1), time, c.input(0), c.output(0), c.output(1), dbias)
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let conv = Conv { weight: a.slice(2), bias: bias.then(|| a.slice(3)), silu };
                 let dbias = bias.then(|| a.slice_mut(2));

@@ -12,6 +12,7 @@ use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::{DType, TensorType};
 use dataflow_kernels::cpu::embedding;
 use dataflow_kernels::cpu::reduce::copy_rows;
+use dataflow_kernels::cuda;
 use dataflow_kernels::device::{Kernel, KernelError, Target};
 use serde::{Deserialize, Serialize};
 
@@ -58,7 +59,8 @@ impl Op for Embedding {
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda if node.inputs[1].dtype == DType::Bf16 => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(|c| cuda::embedding::forward(c, c.input(0), c.input(1), c.output(0)))),
             Target::Cpu if node.inputs[1].dtype == DType::Bf16 => Ok(Kernel::cpu(|a| {
                 embedding::forward_narrow(a.slice(0), a.rows(1), a.rows_mut(0)).map_err(|e| KernelError(e.to_string()))
             })),
@@ -103,7 +105,10 @@ impl Op for EmbeddingGradient {
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let adding = self.adding;
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let base = adding.then(|| c.input(2));
+                cuda::embedding::backward(c, c.input(0), c.input(1), base, c.output(0))
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let mut dw = a.rows_mut(0);
                 if adding && a.in_place(0).is_none() {
@@ -159,7 +164,9 @@ impl Op for PositionEmbedding {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let time = node.outputs[0].rows();
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => {
+                Ok(Kernel::cuda(move |c| cuda::layout::copy_rows(c, c.input(1).slice_rows(0, time), c.output(0))))
+            }
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 copy_rows(a.rows(1).slice_rows(0, time), a.rows_mut(0));
                 Ok(())
@@ -193,7 +200,7 @@ impl Op for PadRows {
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(|c| cuda::layout::copy_rows(c, c.input(0), c.output(0)))),
             Target::Cpu => Ok(Kernel::cpu(|a| {
                 let (x, mut y) = (a.rows::<f32>(0), a.rows_mut::<f32>(0));
                 for r in 0..y.rows() {

@@ -21,6 +21,8 @@ use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::cross_entropy::{Loss, count, forward, forward_backward_in_place};
 use dataflow_kernels::cpu::matmul::{Init, Mat};
+use dataflow_kernels::cuda::call::{self as cuda, Calls, Product, Start};
+use dataflow_kernels::cuda::cross_entropy;
 use dataflow_kernels::device::{Arguments, Kernel, KernelError, Target};
 use dataflow_kernels::expression::Program;
 use dataflow_kernels::{Rows, RowsMut};
@@ -100,7 +102,10 @@ impl Op for LinearCrossEntropy {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (upstream, precision) = (self.upstream, node.precision);
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| match upstream {
+                Some(upstream) => train_on_cuda(c, upstream, precision == Precision::Bf16),
+                None => evaluate_on_cuda(c, precision == Precision::Bf16),
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let loss = match upstream {
                     Some(upstream) => train(a, upstream, precision),
@@ -161,4 +166,53 @@ fn evaluate(a: &Arguments<'_>, precision: Precision) -> Result<Loss, KernelError
         total.sum += loss.map_err(|e| KernelError(e.to_string()))?.sum;
     }
     Ok(total)
+}
+
+/// The logits of the rows of `x`, in `scratch`.
+fn logits_on_cuda(
+    c: &mut Calls<'_>,
+    x: cuda::Tensor,
+    weight: cuda::Tensor,
+    scratch: cuda::Tensor,
+    bf16: bool,
+) -> Result<cuda::Tensor, KernelError> {
+    let y = scratch.slice_rows(0, x.rows);
+    let (a, b) = (cuda::Mat::normal(x), cuda::Mat::transposed(weight));
+    c.product(Product { a, b, y, start: Start::Zero, batches: 1, bf16 })?;
+    Ok(y)
+}
+
+fn train_on_cuda(c: &mut Calls<'_>, upstream: f32, bf16: bool) -> Result<(), KernelError> {
+    let (x, weight, targets) = (c.input(0), c.input(1), c.input(2));
+    let (loss, dx, dw, scratch) = (c.output(0), c.output(1), c.output(2), c.output(3));
+    let (classes, targets) = (weight.rows, targets.reshape(1)?);
+    let counted = cross_entropy::count(c, targets, classes)?;
+    let losses = cross_entropy::losses(c, x.rows);
+    for (from, to) in blocks(x.rows, scratch.rows) {
+        let rows = x.slice_rows(from, to);
+        let logits = logits_on_cuda(c, rows, weight, scratch, bf16)?;
+        let (targets, losses) = (targets.slice_rows(from, to), losses.slice_cols(from, to));
+        cross_entropy::rows_in_place(c, logits, targets, counted, upstream, losses)?;
+        let (dlogits, b) = (cuda::Mat::normal(logits), cuda::Mat::normal(weight));
+        let dx = dx.slice_rows(from, to);
+        c.product(Product { a: dlogits, b, y: dx, start: Start::Zero, batches: 1, bf16 })?;
+        let (a, b) = (cuda::Mat::transposed(logits), cuda::Mat::normal(rows));
+        let start = if from == 0 { Start::Zero } else { Start::Add(dw) };
+        c.product(Product { a, b, y: dw, start, batches: 1, bf16 })?;
+    }
+    cross_entropy::mean(c, losses, counted, loss)
+}
+
+fn evaluate_on_cuda(c: &mut Calls<'_>, bf16: bool) -> Result<(), KernelError> {
+    let (x, weight, targets) = (c.input(0), c.input(1), c.input(2));
+    let (loss, lse, scratch) = (c.output(0), c.output(1), c.output(2));
+    let targets = targets.reshape(1)?;
+    let counted = cross_entropy::count(c, targets, weight.rows)?;
+    let losses = cross_entropy::losses(c, x.rows);
+    for (from, to) in blocks(x.rows, scratch.rows) {
+        let logits = logits_on_cuda(c, x.slice_rows(from, to), weight, scratch, bf16)?;
+        let (targets, losses) = (targets.slice_rows(from, to), losses.slice_cols(from, to));
+        cross_entropy::rows(c, logits, targets, lse.slice_cols(0, to - from), losses)?;
+    }
+    cross_entropy::mean(c, losses, counted, loss)
 }

@@ -9,6 +9,7 @@ use dataflow_graph::op::{NodeView, Op, OpError, Parameter, View};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::reduce::copy_rows;
+use dataflow_kernels::cuda;
 use dataflow_kernels::device::{Kernel, Target};
 use serde::{Deserialize, Serialize};
 
@@ -57,7 +58,13 @@ impl Op for Split {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let starts = starts(&self.widths(node.inputs[0].cols())?);
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let mut parts = starts.iter().enumerate();
+                parts.try_for_each(|(o, &start)| {
+                    let y = c.output(o);
+                    cuda::layout::copy_rows(c, c.input(0).slice_cols(start, start + y.cols), y)
+                })
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let x = a.rows::<f32>(0);
                 for (o, &start) in starts.iter().enumerate() {
@@ -107,7 +114,13 @@ impl Op for Concat {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let starts = starts(&node.inputs.iter().map(TensorType::cols).collect::<Vec<_>>());
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let mut parts = starts.iter().enumerate();
+                parts.try_for_each(|(i, &start)| {
+                    let x = c.input(i);
+                    cuda::layout::copy_rows(c, x, c.output(0).slice_cols(start, start + x.cols))
+                })
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let mut y = a.rows_mut::<f32>(0);
                 for (i, &start) in starts.iter().enumerate() {
@@ -153,7 +166,7 @@ impl Op for Weight {
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(|c| cuda::layout::copy_rows(c, c.input(0), c.output(0)))),
             Target::Cpu => Ok(Kernel::cpu(|a| {
                 copy_rows(a.rows(0), a.rows_mut(0));
                 Ok(())

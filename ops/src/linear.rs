@@ -15,6 +15,7 @@ use dataflow_graph::types::{DType, TensorType};
 use dataflow_kernels::cpu::matmul::{Init, Mat, matmul, matmul_bf16, matmul_on_this_thread};
 use dataflow_kernels::cpu::matvec::{self, Weights};
 use dataflow_kernels::cpu::reduce::copy_rows;
+use dataflow_kernels::cuda::call::{self as cuda, Product, Start};
 use dataflow_kernels::device::{Kernel, Target};
 use dataflow_kernels::{Rows, RowsMut};
 use serde::{Deserialize, Serialize};
@@ -94,8 +95,14 @@ impl Op for Linear {
         let (bias, product) = (node.inputs.len() > 2, product_in(node.precision));
         let narrow = node.inputs[1].dtype == DType::Bf16;
         let few = node.inputs[0].rows() <= matvec::MOST_ROWS && node.precision == Precision::F32;
+        let bf16 = node.precision == Precision::Bf16;
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda if narrow => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let (a, b) = (cuda::Mat::normal(c.input(0)), cuda::Mat::transposed(c.input(1)));
+                let start = if bias { Start::Bias(c.input(2)) } else { Start::Zero };
+                c.product(Product { a, b, y: c.output(0), start, batches: 1, bf16 })
+            })),
             Target::Cpu if narrow || few => Ok(Kernel::cpu(move |a| {
                 let weights = if narrow { Weights::Bf16(a.rows(1)) } else { Weights::F32(a.rows(1)) };
                 matvec::product(a.rows(0), weights, bias.then(|| a.slice(2)), a.rows_mut(0));
@@ -156,8 +163,13 @@ impl Op for LinearInput {
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (adding, product) = (self.adding, product_in(node.precision));
+        let bf16 = node.precision == Precision::Bf16;
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let (a, b) = (cuda::Mat::normal(c.input(0)), cuda::Mat::normal(c.input(1)));
+                let start = if adding { Start::Add(c.input(2)) } else { Start::Zero };
+                c.product(Product { a, b, y: c.output(0), start, batches: 1, bf16 })
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let mut dx = a.rows_mut(0);
                 if adding && a.in_place(0).is_none() {
@@ -195,9 +207,12 @@ impl Op for LinearWeight {
         true
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
-        let product = product_in(node.precision);
+        let (product, bf16) = (product_in(node.precision), node.precision == Precision::Bf16);
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let (a, b) = (cuda::Mat::transposed(c.input(0)), cuda::Mat::normal(c.input(1)));
+                c.product(Product { a, b, y: c.output(0), start: Start::Zero, batches: 1, bf16 })
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 product(a.rows_mut(0), Mat::Transposed(a.rows(0)), Mat::Normal(a.rows(1)), Init::Zero);
                 Ok(())
@@ -270,7 +285,11 @@ impl Op for MatMul {
         let (ra, rb, ry) = (rows(&node.inputs[0]), rows(&node.inputs[1]), rows(&node.outputs[0]));
         let batches = node.outputs[0].shape[..node.outputs[0].shape.len() - 2].iter().product();
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let a = cuda::Mat { tensor: c.input(0), transposed: ta };
+                let b = cuda::Mat { tensor: c.input(1), transposed: tb };
+                c.product(Product { a, b, y: c.output(0), start: Start::Zero, batches, bf16: false })
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |args| {
                 let (a, b, y) = (args.rows::<f32>(0), args.rows::<f32>(1), args.rows_mut::<f32>(0));
                 batched(batches, (a, ra, ta), (b, rb, tb), y, ry);

@@ -11,6 +11,8 @@ use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::threads::with_scratch;
 use dataflow_kernels::cpu::{gla, retention, wkv};
+use dataflow_kernels::cuda;
+use dataflow_kernels::cuda::linear_attention::Decay;
 use dataflow_kernels::device::{Kernel, Target};
 use serde::{Deserialize, Serialize};
 
@@ -58,6 +60,20 @@ pub struct Wkv {
     heads: Size,
 }
 
+impl Wkv {
+    /// Of a launch whose first inputs are r, k and v.
+    fn dims(&self, node: &NodeView<'_>) -> Result<retention::Dims, OpError> {
+        dims(&node.inputs[0], &node.inputs[2], *self.heads)
+    }
+}
+
+/// Sizes of keys like `keys` and values like `values`.
+fn dims(keys: &TensorType, values: &TensorType, heads: usize) -> Result<retention::Dims, OpError> {
+    let (batch, time, cols) = sizes(keys)?;
+    let (key_dim, value_dim) = (head_dim(cols, heads)?, head_dim(values.cols(), heads)?);
+    Ok(retention::Dims { batch, time, heads, key_dim, value_dim })
+}
+
 impl Op for Wkv {
     fn arity(&self) -> RangeInclusive<usize> {
         5..=5
@@ -82,7 +98,14 @@ impl Op for Wkv {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (batch, ..) = sizes(&node.inputs[0])?;
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => {
+                let dims = self.dims(node)?;
+                Ok(Kernel::cuda(move |c| {
+                    let decay = Decay::Wkv { time_decay: c.input(3), time_faaaa: c.input(4) };
+                    let (r, k, v) = (c.input(0), c.input(1), c.input(2));
+                    cuda::linear_attention::forward(c, dims, decay, r, k, v, c.output(0), c.output(1))
+                }))
+            }
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (decay, bonus) = (a.slice(3), a.slice(4));
                 let (y, kept) = (a.rows_mut(0), Some(a.slice_mut(1)));
@@ -129,7 +152,16 @@ impl Op for WkvGradient {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (batch, ..) = sizes(&node.inputs[0])?;
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => {
+                let dims = self.0.dims(node)?;
+                Ok(Kernel::cuda(move |c| {
+                    let decay = Decay::Wkv { time_decay: c.input(3), time_faaaa: c.input(4) };
+                    let (r, k, v, kept, dy) = (c.input(0), c.input(1), c.input(2), c.input(5), c.input(6));
+                    let (dr, dk, dv) = (c.output(0), c.output(1), c.output(2));
+                    let parameters = Some((c.output(3), c.output(4)));
+                    cuda::linear_attention::backward(c, dims, decay, r, k, v, kept, dy, dr, dk, dv, parameters)
+                }))
+            }
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (r, k, v, decay, bonus) = (a.rows(0), a.rows(1), a.rows(2), a.slice(3), a.slice(4));
                 let (dr, dk, dv) = (a.rows_mut(0), a.rows_mut(1), a.rows_mut(2));
@@ -234,7 +266,13 @@ impl Op for Retention {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (dims, form) = (self.dims(&node.inputs[0], &node.inputs[2])?, self.form);
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let (q, k, v, y, kept) = (c.input(0), c.input(1), c.input(2), c.output(0), c.output(1));
+                match form {
+                    Form::Exact => cuda::retention::forward(c, dims, q, k, v, y, kept),
+                    Form::Chunk => cuda::linear_attention::forward(c, dims, Decay::Retention, q, k, v, y, kept),
+                }
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (q, k, v, y, kept) = (a.rows(0), a.rows(1), a.rows(2), a.rows_mut(0), a.slice_mut(1));
                 match form {
@@ -277,7 +315,17 @@ impl Op for RetentionGradient {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (dims, form) = (self.0.dims(&node.inputs[0], &node.inputs[2])?, self.0.form);
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let (q, k, v, kept, dy) = (c.input(0), c.input(1), c.input(2), c.input(3), c.input(4));
+                let (dq, dk, dv) = (c.output(0), c.output(1), c.output(2));
+                match form {
+                    Form::Exact => cuda::retention::backward(c, dims, q, k, v, kept, dy, dq, dk, dv),
+                    Form::Chunk => {
+                        let decay = Decay::Retention;
+                        cuda::linear_attention::backward(c, dims, decay, q, k, v, kept, dy, dq, dk, dv, None)
+                    }
+                }
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (q, k, v, kept, dy) = (a.rows(0), a.rows(1), a.rows(2), a.slice(3), a.rows(4));
                 let (dq, dk, dv) = (a.rows_mut(0), a.rows_mut(1), a.rows_mut(2));
@@ -309,6 +357,10 @@ pub struct GatedLinearAttention {
 }
 
 impl GatedLinearAttention {
+    /// Of a launch whose first inputs are q, k and v.
+    fn dims(&self, node: &NodeView<'_>) -> Result<retention::Dims, OpError> {
+        dims(&node.inputs[0], &node.inputs[2], *self.heads)
+    }
     fn scale(&self) -> Option<f32> {
         self.scale.map(|s| s.0 as f32)
     }
@@ -339,7 +391,13 @@ impl Op for GatedLinearAttention {
         let (batch, ..) = sizes(&node.inputs[0])?;
         let (heads, scale) = (*self.heads, self.scale());
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => {
+                let dims = self.dims(node)?;
+                Ok(Kernel::cuda(move |c| {
+                    let (q, k, v, gates) = (c.input(0), c.input(1), c.input(2), c.input(3));
+                    cuda::gla::forward(c, dims, scale, q, k, v, gates, c.output(0), c.output(1))
+                }))
+            }
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (q, k, v, gate) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3));
                 let (y, kept) = (a.rows_mut(0), Some(a.slice_mut(1)));
@@ -387,7 +445,15 @@ impl Op for GatedLinearAttentionGradient {
         let (batch, ..) = sizes(&node.inputs[0])?;
         let (heads, scale) = (*self.0.heads, self.0.scale());
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => {
+                let dims = self.0.dims(node)?;
+                Ok(Kernel::cuda(move |c| {
+                    let (q, k, v, gates, kept, dy) =
+                        (c.input(0), c.input(1), c.input(2), c.input(3), c.input(4), c.input(5));
+                    let (dq, dk, dv, dgates) = (c.output(0), c.output(1), c.output(2), c.output(3));
+                    cuda::gla::backward(c, dims, scale, q, k, v, gates, kept, dy, dq, dk, dv, dgates)
+                }))
+            }
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (q, k, v, gate, kept, dy) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3), a.slice(4), a.rows(5));
                 let (dq, dk, dv, dgate) = (a.rows_mut(0), a.rows_mut(1), a.rows_mut(2), a.rows_mut(3));

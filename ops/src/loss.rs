@@ -7,6 +7,7 @@ use dataflow_graph::op::{Cost, Merged, NodeView, Op, OpError, Pair};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::{DType, TensorType};
 use dataflow_kernels::cpu::cross_entropy;
+use dataflow_kernels::cuda;
 use dataflow_kernels::device::{Kernel, KernelError, Target};
 use serde::{Deserialize, Serialize};
 
@@ -45,7 +46,9 @@ impl Op for CrossEntropy {
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => {
+                Ok(Kernel::cuda(|c| cuda::cross_entropy::forward(c, c.input(0), c.input(1), c.output(0), c.output(1))))
+            }
             Target::Cpu => Ok(Kernel::cpu(|a| {
                 let loss = cross_entropy::forward(a.rows(0), a.slice(1), a.slice_mut(1));
                 a.slice_mut(0)[0] = loss.map_err(|e| KernelError(e.to_string()))?.mean();
@@ -74,7 +77,10 @@ impl Op for CrossEntropyGradient {
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(|c| {
+                let (logits, targets, lse, upstream) = (c.input(0), c.input(1), c.input(2), c.input(3));
+                cuda::cross_entropy::backward(c, logits, targets, lse, upstream, c.output(0))
+            })),
             Target::Cpu => Ok(Kernel::cpu(|a| {
                 let (targets, lse, upstream) = (a.slice(1), a.slice(2), a.slice::<f32>(3)[0]);
                 let done = match a.in_place(0) {
@@ -111,7 +117,7 @@ impl Op for Accuracy {
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(|c| cuda::cross_entropy::accuracy(c, c.input(0), c.input(1), c.output(0)))),
             Target::Cpu => Ok(Kernel::cpu(|a| {
                 let counts = cross_entropy::accuracy(a.rows(0), a.slice(1));
                 let (correct, counted) = counts.map_err(|e| KernelError(e.to_string()))?;

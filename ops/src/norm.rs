@@ -12,6 +12,7 @@ use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::systems::compound::Decomposition;
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::norm::{self, Kind, Norm, Residual};
+use dataflow_kernels::cuda;
 use dataflow_kernels::device::{Kernel, Target};
 use serde::{Deserialize, Serialize};
 
@@ -136,7 +137,11 @@ impl Form {
     fn lower(&self, target: Target) -> Result<Kernel, OpError> {
         let Form { norm, weight, bias } = *self;
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let w = weight.then(|| c.input(1));
+                let b = bias.then(|| c.input(1 + usize::from(weight)));
+                cuda::norm::forward(c, norm, c.input(0), None, w, b, c.output(0), c.output(1))
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let w = weight.then(|| a.slice::<f32>(1));
                 let b = bias.then(|| a.slice::<f32>(1 + usize::from(weight)));
@@ -239,7 +244,12 @@ impl Op for SumNorm {
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let Form { norm, weight, bias } = self.0;
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let w = weight.then(|| c.input(2));
+                let b = bias.then(|| c.input(2 + usize::from(weight)));
+                let residual = Some((c.input(1), c.output(1)));
+                cuda::norm::forward(c, norm, c.input(0), residual, w, b, c.output(0), c.output(2))
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let w = weight.then(|| a.slice::<f32>(2));
                 let b = bias.then(|| a.slice::<f32>(2 + usize::from(weight)));
@@ -312,7 +322,13 @@ impl Op for NormGradient {
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let Self { form: Form { norm, weight, bias }, passing } = *self;
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let w = weight.then(|| c.input(3));
+                let dh = passing.then(|| c.input(3 + usize::from(weight)));
+                let dw = weight.then(|| c.output(1));
+                let db = bias.then(|| c.output(1 + usize::from(weight)));
+                cuda::norm::backward(c, norm, c.input(0), c.input(1), w, c.input(2), dh, c.output(0), dw, db)
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let w = weight.then(|| a.slice::<f32>(3));
                 let dh = passing.then(|| a.rows(3 + usize::from(weight)));

@@ -12,6 +12,7 @@ use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::interpreter::MAX_INPUTS;
 use dataflow_kernels::cpu::optimizer::{self, clip_coefficient};
 use dataflow_kernels::cpu::reduce::sum_of_squares;
+use dataflow_kernels::cuda::{layout, optimizer as cuda};
 use dataflow_kernels::device::{Kernel, Target};
 use dataflow_kernels::expression::{Builder, Program, Register};
 
@@ -48,6 +49,17 @@ impl Schedule {
                 floor + 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()) * (peak - floor)
             }
             Schedule::Table(ref rates) => rates.get(step as usize).or(rates.last()).copied().unwrap_or(0.0).into(),
+        }
+    }
+}
+
+impl Schedule {
+    /// For the device's kernel.
+    fn rate(&self) -> cuda::Rate<'_> {
+        match *self {
+            Schedule::Constant(lr) => cuda::Rate::Constant(lr),
+            Schedule::Cosine { peak, floor, warmup, steps } => cuda::Rate::Cosine { peak, floor, warmup, steps },
+            Schedule::Table(ref rates) => cuda::Rate::Table(rates),
         }
     }
 }
@@ -101,7 +113,7 @@ impl Op for LearningRate {
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let schedule = self.0.clone();
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| cuda::learning_rate(c, schedule.rate(), c.input(0), c.output(0)))),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 a.slice_mut(0)[0] = schedule.at(a.slice::<i32>(0)[0] as u64) as f32;
                 Ok(())
@@ -138,7 +150,10 @@ impl Op for GlobalNorm {
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(|c| {
+                let gradients: Vec<_> = (0..c.inputs()).map(|i| c.input(i)).collect();
+                cuda::global_norm(c, &gradients, c.output(0))
+            })),
             Target::Cpu => Ok(Kernel::cpu(|a| {
                 let squares: f64 = (0..a.inputs()).map(|i| sum_of_squares(a.slice(i))).sum();
                 a.slice_mut(0)[0] = squares.sqrt() as f32;
@@ -230,7 +245,19 @@ impl Op for AdamWUpdate {
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let Self { settings, decays } = self.clone();
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let (beta1, beta2) = settings.betas;
+                let one = cuda::AdamW { beta1, beta2, eps: settings.eps, clip: settings.clip };
+                let parameter = |(i, &decays): (usize, &bool)| cuda::Parameter {
+                    value: c.output(3 * i),
+                    gradient: c.input(4 + 4 * i),
+                    m: c.output(3 * i + 1),
+                    v: c.output(3 * i + 2),
+                    decay: if decays { settings.decay } else { 0.0 },
+                };
+                let parameters: Vec<_> = decays.iter().enumerate().map(parameter).collect();
+                cuda::adamw(c, one, c.input(0), c.input(1), c.input(2), &parameters)
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (step, lr) = (a.slice::<i32>(0)[0] as u64 + 1, f64::from(a.slice::<f32>(1)[0]));
                 let norm = f64::from(a.slice::<f32>(2)[0]);
@@ -272,7 +299,7 @@ impl Op for BiasCorrection {
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let beta = self.0;
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| layout::bias_correction(c, c.input(0), beta, c.output(0)))),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let updates = f64::from(a.slice::<i32>(0)[0]) + 1.0;
                 a.slice_mut(0)[0] = (1.0 - beta.powf(updates)) as f32;

@@ -8,6 +8,7 @@ use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::rotary::{self, Direction, Rotation, rotate, rotate_in_place};
 use dataflow_kernels::cpu::threads::with_scratch;
+use dataflow_kernels::cuda;
 use dataflow_kernels::device::{Kernel, Target};
 use serde::{Deserialize, Serialize};
 
@@ -84,19 +85,26 @@ impl Op for Rotary {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (_, time, _) = sizes(&node.inputs[0])?;
         let (pairing, dim) = self.heads(&node.inputs[0])?;
-        let (cos, sin) = self.angles(pairing, dim, time);
         let direction = if self.backward { Direction::Backward } else { Direction::Forward };
         let scale = self.scale.0 as f32;
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
-            Target::Cpu => Ok(Kernel::cpu(move |a| {
-                let rotation = Rotation { pairing, head_dim: dim, cos: &cos, sin: &sin, scale };
-                match a.in_place(0) {
-                    Some(_) => rotate_in_place(rotation, direction, a.rows_mut(0)),
-                    None => rotate(rotation, direction, a.rows(0), a.rows_mut(0)),
-                }
-                Ok(())
-            })),
+            Target::Cuda => {
+                let rotation = cuda::rotary::Rotation { pairing, base: self.base.0, head_dim: dim, scale };
+                Ok(Kernel::cuda(move |c| {
+                    cuda::rotary::rotate(c, rotation, direction, time, None, c.input(0), c.output(0))
+                }))
+            }
+            Target::Cpu => {
+                let (cos, sin) = self.angles(pairing, dim, time);
+                Ok(Kernel::cpu(move |a| {
+                    let rotation = Rotation { pairing, head_dim: dim, cos: &cos, sin: &sin, scale };
+                    match a.in_place(0) {
+                        Some(_) => rotate_in_place(rotation, direction, a.rows_mut(0)),
+                        None => rotate(rotation, direction, a.rows(0), a.rows_mut(0)),
+                    }
+                    Ok(())
+                }))
+            }
         }
     }
     fn in_place(&self) -> Vec<(usize, usize)> {

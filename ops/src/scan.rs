@@ -11,7 +11,8 @@ use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::scan::Dims;
 use dataflow_kernels::cpu::{longhorn, selective_scan};
-use dataflow_kernels::device::{Kernel, Target};
+use dataflow_kernels::cuda::scan as cuda;
+use dataflow_kernels::device::{Calls, Kernel, Target};
 use serde::{Deserialize, Serialize};
 
 use crate::elementwise::{Activation, Gate};
@@ -100,6 +101,32 @@ fn work(node: &NodeView<'_>, dims: Result<Dims, OpError>, per_element: f64) -> C
     Cost { flops: per_element * elements, bytes: node.bytes() }
 }
 
+/// Inputs 0 to 5 of a launch of [`Longhorn`] or its gradient.
+fn longhorn_on_cuda(c: &Calls<'_>, gated: bool) -> cuda::Inputs {
+    cuda::Inputs {
+        u: c.input(0),
+        queries: c.input(1),
+        keys: c.input(2),
+        step: c.input(3),
+        a_log: None,
+        skip: Some(c.input(4)),
+        gate: gated.then(|| c.input(5)),
+    }
+}
+
+/// Inputs 0 to 6 of a launch of [`SelectiveScan`] or its gradient.
+fn selective_scan_on_cuda(c: &Calls<'_>, gated: bool) -> cuda::Inputs {
+    cuda::Inputs {
+        u: c.input(0),
+        step: c.input(1),
+        keys: c.input(2),
+        queries: c.input(3),
+        a_log: Some(c.input(4)),
+        skip: Some(c.input(5)),
+        gate: gated.then(|| c.input(6)),
+    }
+}
+
 /// Inputs are (u, q, k, dt), then the parameter D, then the gate.
 impl Op for Longhorn {
     fn arity(&self) -> RangeInclusive<usize> {
@@ -128,7 +155,9 @@ impl Op for Longhorn {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (dims, gated) = (dims(&node.inputs[0], &node.inputs[1])?, self.gated);
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                cuda::forward(c, dims, &longhorn_on_cuda(c, gated), c.output(0), Some(c.output(1)))
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (u, q, k, dt, skip) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3), Some(a.slice(4)));
                 let inputs = longhorn::Inputs { u, dt, q, k, t_bias: None, skip, gate: gated.then(|| a.rows(5)) };
@@ -173,7 +202,18 @@ impl Op for LonghornGradient {
         let (dims, gated) = (dims(&node.inputs[0], &node.inputs[1])?, self.gated);
         let saved = 5 + usize::from(gated);
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let gradients = cuda::Gradients {
+                    u: c.output(0),
+                    queries: c.output(1),
+                    keys: c.output(2),
+                    step: c.output(3),
+                    a_log: None,
+                    skip: Some(c.output(4)),
+                    gate: gated.then(|| c.output(5)),
+                };
+                cuda::backward(c, dims, &longhorn_on_cuda(c, gated), c.input(saved + 1), c.input(saved), gradients)
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (u, q, k, dt, skip) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3), Some(a.slice(4)));
                 let inputs = longhorn::Inputs { u, dt, q, k, t_bias: None, skip, gate: gated.then(|| a.rows(5)) };
@@ -229,7 +269,9 @@ impl Op for SelectiveScan {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (dims, gated) = (dims(&node.inputs[0], &node.inputs[2])?, self.gated);
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                cuda::forward(c, dims, &selective_scan_on_cuda(c, gated), c.output(0), Some(c.output(1)))
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (u, delta, b, c) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3));
                 let (a_log, skip, gate) = (a.slice(4), Some(a.slice(5)), gated.then(|| a.rows(6)));
@@ -275,7 +317,19 @@ impl Op for SelectiveScanGradient {
         let (dims, gated) = (dims(&node.inputs[0], &node.inputs[2])?, self.gated);
         let saved = 6 + usize::from(gated);
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let gradients = cuda::Gradients {
+                    u: c.output(0),
+                    step: c.output(1),
+                    keys: c.output(2),
+                    queries: c.output(3),
+                    a_log: Some(c.output(4)),
+                    skip: Some(c.output(5)),
+                    gate: gated.then(|| c.output(6)),
+                };
+                let inputs = selective_scan_on_cuda(c, gated);
+                cuda::backward(c, dims, &inputs, c.input(saved + 1), c.input(saved), gradients)
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (u, delta, b, c) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3));
                 let (a_log, skip, gate) = (a.slice(4), Some(a.slice(5)), gated.then(|| a.rows(6)));

@@ -8,6 +8,7 @@ use dataflow_graph::op::{Cost, NodeView, Op, OpError, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::token_shift;
+use dataflow_kernels::cuda::token_shift as cuda;
 use dataflow_kernels::device::{Kernel, Target};
 use dataflow_kernels::{Rows, RowsMut};
 use serde::{Deserialize, Serialize};
@@ -48,7 +49,11 @@ impl Op for TokenShift {
         let (_, time, _) = sizes(&node.inputs[0])?;
         let mixes = node.inputs.len() - 1;
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let mix: Vec<_> = (0..mixes).map(|j| c.input(1 + j)).collect();
+                let ys: Vec<_> = (0..mixes.max(1)).map(|j| c.output(j)).collect();
+                cuda::forward(c, c.input(0), time, &mix, &ys)
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 if mixes == 0 {
                     token_shift::forward(a.rows(0), time, None, a.rows_mut(0));
@@ -113,7 +118,14 @@ impl Op for TokenShiftGradient {
         let (_, time, _) = sizes(&node.inputs[0])?;
         let mixes = self.mixes;
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => Ok(Kernel::cuda(move |c| {
+                let mix: Vec<_> = (0..mixes).map(|j| c.input(1 + j)).collect();
+                // without mixes the only input is dy
+                let first = if mixes == 0 { 0 } else { 1 + mixes };
+                let dys: Vec<_> = (0..mixes.max(1)).map(|j| c.input(first + j)).collect();
+                let dmix: Vec<_> = (0..mixes).map(|j| c.output(1 + j)).collect();
+                cuda::backward(c, c.input(0), time, &mix, &dys, c.output(0), &dmix)
+            })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 if mixes == 0 {
                     token_shift::backward(a.rows(0), time, a.rows_mut(0), None);

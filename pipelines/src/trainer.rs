@@ -386,7 +386,9 @@ impl Trainer {
         self.session.write_input("tokens", &batch.inputs);
         self.session.write_input("targets", &batch.targets);
         self.session.run_step().map_err(StageError::from_error)?;
-        Ok(self.session.scalar("loss").unwrap_or(f32::NAN))
+        let loss = self.session.scalar("loss").unwrap_or(f32::NAN);
+        self.session.check().map_err(StageError::from_error)?;
+        Ok(loss)
     }
 }
 

@@ -112,10 +112,14 @@ fn devices_and_threads() {
     for device in ["cuda", "cuda:1"] {
         folder.says(
             &["run", "pipe.ron", "--device", device],
-            "error: this version has no CUDA device: leave `--device` out to run on the CPU\n",
+            "error: there is no CUDA driver on this machine (libcuda.so is not on the library path): \
+             leave `--device` out to run on the CPU\n",
         );
     }
-    folder.says(&["run", "pipe.ron", "--device", "gpu"], "error: there is no device `gpu`\n  help: there is: cpu\n");
+    folder.says(
+        &["run", "pipe.ron", "--device", "gpu"],
+        "error: there is no device `gpu`\n  help: there are: cpu, cuda, cuda:N\n",
+    );
 }
 
 #[test]

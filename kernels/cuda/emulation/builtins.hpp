@@ -12,6 +12,7 @@ inline int __syncthreads_or(int p) { emulation::block_barrier(p); return emulati
 inline int __syncthreads_and(int p) { emulation::block_barrier(p); return emulation::machine.votes[1]; }
 inline int __syncthreads_count(int p) { emulation::block_barrier(p); return emulation::machine.votes[2]; }
 inline void __threadfence() {}
+inline void __threadfence_system() {}
 inline void __threadfence_block() {}
 
 namespace emulation {

@@ -10,9 +10,7 @@ use parking_lot::Mutex;
 
 use super::driver::Driver;
 use super::simd;
-use crate::device::{
-    Buffer, CpuKernel, DType, Device, DeviceError, Element, Kernel, Launch, Operand, Program, Region, Target,
-};
+use crate::device::{Buffer, CpuKernel, DType, Device, DeviceError, Element, Kernel, Launch, Operand, Program, Target};
 use crate::{Rows, RowsMut};
 
 /// Memory is aligned to cache lines and to the widest vectors.
@@ -152,36 +150,20 @@ unsafe impl Send for Bound {}
 
 impl Bound {
     fn new(launch: Launch, buffers: &[Buffer; 4]) -> Result<Self, DeviceError> {
-        let wrong = |what: String| DeviceError::Plan { launch: launch.name.clone(), what };
+        launch.validate(std::array::from_fn(|region| buffers[region].len))?;
         let bind = |operand: &Operand| {
-            let region = Region::ALL.iter().position(|r| *r == operand.region).expect("every region is listed");
-            let buffer = &buffers[region];
-            if operand.span().end > buffer.len || !operand.offset.is_multiple_of(operand.dtype.size()) {
-                return Err(wrong(format!("{operand:?} lies outside of its region of {} bytes", buffer.len)));
-            }
-            if operand.rows > 1 && operand.stride < operand.cols {
-                return Err(wrong(format!("rows of {operand:?} overlap")));
-            }
-            // SAFETY: in range.
-            let ptr = unsafe { memory(buffer).ptr.add(operand.offset) };
-            Ok(Tensor { operand: operand.clone(), ptr, taken: Cell::new(false) })
+            // SAFETY: in range, which was checked above.
+            let ptr = unsafe { memory(&buffers[operand.region.index()]).ptr.add(operand.offset) };
+            Tensor { operand: operand.clone(), ptr, taken: Cell::new(false) }
         };
-        let inputs = launch.inputs.iter().map(&bind).collect::<Result<Vec<_>, _>>()?;
-        let outputs = launch.outputs.iter().map(&bind).collect::<Result<Vec<_>, _>>()?;
-        for (o, output) in launch.outputs.iter().enumerate() {
-            for (i, input) in launch.inputs.iter().enumerate() {
-                let allowed = launch.in_place.contains(&(o, i)) && input == output;
-                if input.overlaps(output) && !allowed {
-                    return Err(wrong(format!("output {o} overlaps input {i}: {output:?}, {input:?}")));
-                }
-            }
-            if let Some(other) = launch.outputs[..o].iter().position(|other| other.overlaps(output)) {
-                return Err(wrong(format!("outputs {o} and {other} overlap")));
-            }
-        }
+        let inputs = launch.inputs.iter().map(&bind).collect();
+        let outputs = launch.outputs.iter().map(&bind).collect();
         let kernel = match launch.kernel {
             Kernel::Cpu(kernel) => kernel,
-            other => return Err(wrong(format!("its kernel is for {}, not for the processor", other.target()))),
+            other => {
+                let what = format!("its kernel is for {}, not for the processor", other.target());
+                return Err(DeviceError::Plan { launch: launch.name, what });
+            }
         };
         Ok(Self { name: launch.name, kernel, inputs, outputs, in_place: launch.in_place })
     }
@@ -307,7 +289,7 @@ impl Program for CpuProgram {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::{as_bytes, as_bytes_mut};
+    use crate::device::{Region, as_bytes, as_bytes_mut};
 
     fn operand(offset: usize, rows: usize, cols: usize, stride: usize) -> Operand {
         Operand { region: Region::Arena, offset, rows, cols, stride, dtype: DType::F32 }

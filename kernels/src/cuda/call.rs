@@ -138,8 +138,8 @@ pub enum Argument {
     F32(f32),
     /// `double`
     F64(f64),
-    /// A pointer to constant memory that holds these arguments one after the other, each at a multiple of its size
-    /// (of 8 bytes for `Rows` and pointers): tables of many tensors.
+    /// A pointer to constant memory that holds these arguments one after the other, each at a multiple of 8 bytes: tables of
+    /// many tensors.
     Table(Vec<Argument>),
     /// `int*` to four words of this launch, all 0 before: a kernel that refuses its input writes there, word 0 last and not 0.
     /// See [`Call::refuses`].
@@ -312,8 +312,8 @@ impl Call {
 pub enum Start {
     /// `y = a b`
     Zero,
-    /// `y += a b`
-    Accumulate,
+    /// `y = a b + base`; the base has the sizes of `y`, and may be `y`.
+    Add(Tensor),
     /// `y = a b + bias`, the same for each row; a tensor of as many elements as `y` has columns.
     Bias(Tensor),
 }
@@ -352,6 +352,8 @@ pub struct Product {
     pub start: Start,
     /// Each of the three is so many matrices below each other.
     pub batches: usize,
+    /// Whether factors may be rounded to bf16, where they are `f32`.
+    pub bf16: bool,
 }
 
 /// One thing that a launch does.
@@ -426,6 +428,9 @@ impl<'a> Calls<'a> {
         }
         let [x, y, z] = call.grid;
         let threads: u32 = call.block.iter().product();
+        if call.arguments.len() > 128 {
+            return refuse(format!("{} arguments, but 128 are the most", call.arguments.len()));
+        }
         if x > i32::MAX as u32 || y > 65535 || z > 65535 || !(1..=1024).contains(&threads) {
             return refuse(format!(
                 "{:?} blocks of {:?} threads are more than a launch can have",
@@ -441,14 +446,18 @@ impl<'a> Calls<'a> {
     /// # Errors
     /// If sizes differ.
     pub fn product(&mut self, product: Product) -> Result<(), KernelError> {
-        let Product { a, b, y, start, batches } = product;
+        let Product { a, b, y, start, batches, .. } = product;
         let sides = |m: &Mat| {
             let rows = m.tensor.rows / batches.max(1);
             if m.transposed { (m.tensor.cols, rows) } else { (rows, m.tensor.cols) }
         };
         let ((m, k), (l, n)) = (sides(&a), sides(&b));
-        let bias_fits = !matches!(start, Start::Bias(bias) if bias.len() != n || !bias.is_contiguous());
-        if batches == 0 || k != l || (m * batches, n) != (y.rows, y.cols) || !bias_fits {
+        let start_fits = match start {
+            Start::Zero => true,
+            Start::Add(base) => (base.rows, base.cols) == (y.rows, y.cols),
+            Start::Bias(bias) => bias.len() == n && bias.is_contiguous(),
+        };
+        if batches == 0 || k != l || (m * batches, n) != (y.rows, y.cols) || !start_fits {
             return Err(KernelError(format!("{product:?}: the sizes do not fit")));
         }
         if m * n > 0 {

@@ -31,3 +31,11 @@ pub fn fill(c: &mut Calls<'_>, to: Tensor, value: f32) -> Result<(), KernelError
 pub fn increment(c: &mut Calls<'_>, counter: Tensor) -> Result<(), KernelError> {
     c.launch(Call::file("layout", "increment").block(1).pointer(counter))
 }
+
+/// `y = 1 - beta^n` for update number n, counted from 1, given the number of updates before, `i32[1]`.
+///
+/// # Errors
+/// As [`Calls::launch`].
+pub fn bias_correction(c: &mut Calls<'_>, step: Tensor, beta: f64, y: Tensor) -> Result<(), KernelError> {
+    c.launch(Call::file("layout", "bias_correction").block(1).pointer(step).arg(beta).pointer(y))
+}

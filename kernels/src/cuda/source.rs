@@ -3,12 +3,10 @@
 use super::call::{Call, Tensor};
 use crate::device::DType;
 
-/// What every file includes: `Rows<T>`, reductions, number formats.
-pub const COMMON: &str = include_str!("../../cuda/common.cuh");
-
 /// Name and text of each file that the files of kernels may include.
 pub const HEADERS: &[(&str, &str)] = &[
-    ("common.cuh", COMMON),
+    ("common.cuh", include_str!("../../cuda/common.cuh")),
+    ("elementwise.cuh", include_str!("../../cuda/elementwise.cuh")),
     ("keep.cuh", include_str!("../../cuda/keep.cuh")),
     ("real.cuh", include_str!("../../cuda/real.cuh")),
     ("tile.cuh", include_str!("../../cuda/tile.cuh")),
@@ -19,17 +17,24 @@ pub const FILES: &[(&str, &str)] = &[
     ("attention", include_str!("../../cuda/attention.cu")),
     ("conv1d", include_str!("../../cuda/conv1d.cu")),
     ("cross_entropy", include_str!("../../cuda/cross_entropy.cu")),
+    ("embedding", include_str!("../../cuda/embedding.cu")),
     ("gla", include_str!("../../cuda/gla.cu")),
     ("layout", include_str!("../../cuda/layout.cu")),
     ("linear_attention", include_str!("../../cuda/linear_attention.cu")),
     ("norm", include_str!("../../cuda/norm.cu")),
     ("optimizer", include_str!("../../cuda/optimizer.cu")),
     ("partials", include_str!("../../cuda/partials.cu")),
+    ("reduce", include_str!("../../cuda/reduce.cu")),
     ("retention", include_str!("../../cuda/retention.cu")),
     ("rotary", include_str!("../../cuda/rotary.cu")),
     ("scan", include_str!("../../cuda/scan.cu")),
     ("token_shift", include_str!("../../cuda/token_shift.cu")),
 ];
+
+/// The text of a header.
+pub fn header(name: &str) -> Option<&'static str> {
+    HEADERS.iter().find(|(n, _)| *n == name).map(|(_, text)| *text)
+}
 
 /// The text of a file.
 pub fn file(name: &str) -> Option<&'static str> {

@@ -309,7 +309,7 @@ impl Memory {
     }
 
     fn product(&self, product: &Product, scratch: usize) {
-        let Product { a, b, y, start, batches } = *product;
+        let Product { a, b, y, start, batches, .. } = *product;
         let values = |m: &Mat| {
             let t = self.placed(&m.tensor, scratch);
             (self.read(t), t.rows / batches, t.cols, m.transposed)
@@ -330,7 +330,7 @@ impl Memory {
                 let to = &mut out[(batch * m + i) * n + j];
                 *to = match start {
                     Start::Zero => sum as f32,
-                    Start::Accumulate => *to + sum as f32,
+                    Start::Add(base) => self.read(self.placed(&base, scratch))[(batch * m + i) * n + j] + sum as f32,
                     Start::Bias(bias) => self.read(self.placed(&bias, scratch))[j] + sum as f32,
                 };
             }

@@ -11,7 +11,7 @@ use dataflow_graph::format::model::ModelFile;
 use dataflow_graph::op::Cost;
 use dataflow_graph::registry::Registry;
 use dataflow_graph::session::Session;
-use dataflow_kernels::device::Device;
+use dataflow_kernels::device::{Device, Target};
 use serde::{Deserialize, Serialize};
 
 use super::step::to_errors;
@@ -29,11 +29,17 @@ impl Roofline {
     /// Measures a device. Takes about a second on a processor.
     ///
     /// # Errors
-    /// No memory left (it takes 200 MB), or a registry without the ops `Embedding`, `Linear` and `Add`.
+    /// No memory left (it takes 200 MB, and 1.6 GB on a GPU), or a registry without the ops `Embedding`, `Linear` and `Add`.
     pub fn measure(registry: &Arc<Registry>, device: &Arc<dyn Device>) -> Result<Self, Errors> {
-        let (cost, seconds) = best(registry, device, "Linear(out: 1536)", "[\"rows\"]", (1536, 1536), 16)?;
+        // so large that a GPU is busy for much longer than a launch takes
+        let (width, rows) = match device.target() {
+            Target::Cpu => (1536, 16384),
+            Target::Cuda => (4096, 131_072),
+        };
+        let linear = format!("Linear(out: {width})");
+        let (cost, seconds) = best(registry, device, &linear, "[\"rows\"]", (width, width), 16)?;
         let flops_per_s = cost.flops / seconds;
-        let (cost, seconds) = best(registry, device, "Add", "[\"rows\", \"rows_2\"]", (16384, 1024), 12)?;
+        let (cost, seconds) = best(registry, device, "Add", "[\"rows\", \"rows_2\"]", (rows, 1024), 12)?;
         Ok(Self { flops_per_s, bytes_per_s: cost.bytes / seconds })
     }
 

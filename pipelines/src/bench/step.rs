@@ -50,7 +50,9 @@ impl TrainingStep {
     pub fn run(&mut self) -> Result<f32, Errors> {
         self.session.run_step().map_err(to_errors)?;
         self.session.run_update().map_err(to_errors)?;
-        Ok(self.session.scalar("loss").unwrap_or(f32::NAN))
+        let loss = self.session.scalar("loss").unwrap_or(f32::NAN);
+        self.session.check().map_err(to_errors)?;
+        Ok(loss)
     }
 
     /// Seconds of each of `steps` steps.

@@ -50,7 +50,7 @@ pub(super) struct Bench {
 impl Bench {
     pub(super) fn run(self, registry: &Arc<Registry>) -> Result<(), Errors> {
         let earlier = self.compare.as_deref().map(Earlier::read).transpose()?;
-        let device = self.device.open()?;
+        let device = self.device.open(&self.model.without)?;
         let start = Instant::now();
         let request = self.model.training(registry)?;
         // every model file of ours has the name; two tokens exist in any other too

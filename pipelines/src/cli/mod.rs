@@ -19,6 +19,7 @@ use dataflow_graph::diagnostic::{Diagnostic, Errors};
 use dataflow_graph::format::formula::Number;
 use dataflow_graph::format::number::Scope;
 use dataflow_graph::registry::Registry;
+use dataflow_kernels::cuda::device::{CudaDevice, Settings};
 use dataflow_kernels::device::{CpuDevice, Device};
 use std::io::IsTerminal;
 
@@ -48,10 +49,21 @@ enum Command {
     Verify(verify::Verify),
 }
 
+/// What `--without` calls the capture of a step into one CUDA graph.
+const CAPTURE: &str = "capture";
+
+/// `--without capture`, for commands that have no other system to leave out.
+#[derive(Args)]
+struct WithoutArgs {
+    /// `--without capture`: launch a step kernel by kernel on CUDA, not as one graph
+    #[arg(long, value_name = "SYSTEM", value_parser = [CAPTURE])]
+    without: Vec<String>,
+}
+
 /// Where a model runs.
 #[derive(Args)]
 struct DeviceArgs {
-    /// The device: cpu
+    /// The device: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: String,
     /// Threads of the CPU; all processors by default. Results do not depend on it
@@ -66,16 +78,26 @@ impl DeviceArgs {
         self.threads.map_or_else(all, usize::from)
     }
 
-    fn open(&self) -> Result<Arc<dyn Device>, Errors> {
+    /// Opens the device; `without` names what is left out, of which `capture` is the device's.
+    fn open(&self, without: &[String]) -> Result<Arc<dyn Device>, Errors> {
         match self.device.as_str() {
             "cpu" => {
                 let device = CpuDevice::new(self.threads.map(usize::from)).map_err(Diagnostic::new)?;
                 Ok(Arc::new(device))
             }
-            other if other == "cuda" || other.starts_with("cuda:") => {
-                Err(Diagnostic::new("this version has no CUDA device: leave `--device` out to run on the CPU").into())
+            other => {
+                let ordinal = match other.strip_prefix("cuda") {
+                    Some("") => Some(0),
+                    Some(rest) => rest.strip_prefix(':').and_then(|n| n.parse().ok()),
+                    None => None,
+                };
+                let Some(ordinal) = ordinal else {
+                    let message = format!("there is no device `{other}`");
+                    return Err(Diagnostic::new(message).help("there are: cpu, cuda, cuda:N").into());
+                };
+                let settings = Settings { ordinal, capture: !without.iter().any(|name| name == CAPTURE), tf32: false };
+                Ok(Arc::new(CudaDevice::open(settings).map_err(Diagnostic::new)?))
             }
-            other => Err(Diagnostic::new(format!("there is no device `{other}`")).help("there is: cpu").into()),
         }
     }
 }

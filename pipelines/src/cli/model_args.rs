@@ -13,7 +13,7 @@ use dataflow_graph::registry::Registry;
 use dataflow_ops::loss::CrossEntropy;
 use dataflow_ops::optimizer::{AdamW, Schedule};
 
-use super::config_settings;
+use super::{CAPTURE, config_settings};
 
 #[derive(Args)]
 pub(super) struct ModelArgs {
@@ -28,7 +28,7 @@ pub(super) struct ModelArgs {
     /// Change the config of the model; may be repeated
     #[arg(long, value_name = "NAME=VALUE")]
     set: Vec<String>,
-    /// Leave a system of the compiler out; may be repeated
+    /// Leave a system of the compiler out, or `capture` (CUDA graphs); may be repeated
     #[arg(long, value_name = "SYSTEM")]
     pub(super) without: Vec<String>,
     /// The most bytes that activations and gradients may take; what is cheap is computed again until they fit
@@ -60,7 +60,7 @@ impl ModelArgs {
             objectives: vec![("loss".into(), Arc::new(CrossEntropy {}))],
             optimizer: Some(Arc::new(adamw)),
             memory_budget: self.memory_budget,
-            without: self.without.clone(),
+            without: self.without.iter().filter(|name| *name != CAPTURE).cloned().collect(),
         })
     }
 }

@@ -8,7 +8,7 @@ use dataflow_graph::components::Precision;
 use dataflow_graph::diagnostic::{Diagnostic, Errors};
 use dataflow_graph::registry::Registry;
 
-use super::{DeviceArgs, print};
+use super::{DeviceArgs, WithoutArgs, print};
 use crate::pipeline::{Pipeline, PipelineFile};
 use crate::report::RunFolder;
 use crate::resume::{Origin, Resume};
@@ -28,6 +28,8 @@ pub(super) struct Run {
     /// Of the factors of matrix products: f32, or bf16 with sums, parameters and activations in f32
     #[arg(long, value_name = "f32|bf16", default_value_t = Precision::F32)]
     precision: Precision,
+    #[command(flatten)]
+    without: WithoutArgs,
     /// The folder to write; runs/NAME-NUMBER by default
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -62,7 +64,7 @@ impl Run {
             }
         };
         let mut pipeline = Pipeline::new(&file, registry)?;
-        let device = self.device.open()?;
+        let device = self.device.open(&self.without.without)?;
         print(&format!("{}: {}\n", path.display(), file.about));
         print(&format!("device: {}\n", device.describe()));
         let mut run = stages::Run {

@@ -8,7 +8,7 @@ use dataflow_graph::diagnostic::{Diagnostic, Errors};
 use dataflow_graph::registry::Registry;
 use serde_json::json;
 
-use super::{DeviceArgs, print, print_json};
+use super::{DeviceArgs, WithoutArgs, print, print_json};
 use crate::verify::{models_in, summary, table, verify_file};
 
 #[derive(Args)]
@@ -21,6 +21,8 @@ pub(super) struct Verify {
     models: PathBuf,
     #[command(flatten)]
     device: DeviceArgs,
+    #[command(flatten)]
+    without: WithoutArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -28,7 +30,7 @@ pub(super) struct Verify {
 
 impl Verify {
     pub(super) fn run(self, registry: &Arc<Registry>) -> Result<(), Errors> {
-        let device = self.device.open()?;
+        let device = self.device.open(&self.without.without)?;
         let models = models_in(&self.models);
         let mut errors = Errors::default();
         let mut comparisons = Vec::new();

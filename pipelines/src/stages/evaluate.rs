@@ -66,6 +66,7 @@ impl Evaluator {
         self.session.write_input("tokens", &self.batch.inputs);
         self.session.write_input("targets", &self.batch.targets);
         self.session.run_step().map_err(StageError::from_error)?;
+        self.session.check().map_err(StageError::from_error)?;
         mean.loss += answers * f64::from(self.session.scalar("loss").unwrap_or(f32::NAN));
         mean.accuracy += answers * f64::from(self.session.scalar("accuracy").unwrap_or(f32::NAN));
         mean.answers += answers;

@@ -207,6 +207,7 @@ impl<'a> Golden<'a> {
         let mut session = self.session(&self.compile(shape, 1, None)?)?;
         session.write_input("tokens", idx);
         session.run_step()?;
+        session.check()?;
         judge.compare(logits, &output(&session, "logits")?, self.file.real(logits)?.1, tolerance);
         Ok(())
     }
@@ -225,6 +226,7 @@ impl<'a> Golden<'a> {
             session.write_input("tokens", &column);
             session.write_input("positions", &vec![t as i32; batch]);
             session.run_step()?;
+            session.check()?;
             let step = output(&session, "logits")?;
             made.iter_mut().zip(step.chunks(step.len() / batch)).for_each(|(made, row)| made.extend_from_slice(row));
         }
@@ -243,6 +245,7 @@ impl<'a> Golden<'a> {
         session.write_input("tokens", idx);
         session.write_input("targets", targets);
         session.run_step()?;
+        session.check()?;
         judge.compare("loss", &output(&session, "loss")?, self.file.real("loss")?.1, tolerance::VALUES);
         for planned in &session.plan().parameters {
             let name = &planned.parameter.name;
@@ -274,9 +277,11 @@ impl<'a> Golden<'a> {
                 session.write_input("tokens", idx);
                 session.write_input("targets", targets);
                 session.run_step()?;
+                session.check()?;
                 loss += f64::from(output(&session, "loss")?[0]);
             }
             session.run_update()?;
+            session.check()?;
             run.loss.push((loss / micro_batches as f64) as f32);
             run.lr.extend(output(&session, "lr")?);
             run.grad_norm.extend(output(&session, "grad_norm")?);

@@ -165,6 +165,7 @@ fn verify_case(
     }
     session.write_input(&Term::weights(golden.output), &weights);
     session.run_step()?;
+    session.check()?;
 
     judge.compare(tensors.name("out", "y"), &output(&session, golden.output)?, &y, tolerance::VALUES);
     for planned in &session.plan().parameters {

@@ -97,6 +97,7 @@ pub(super) fn adamw(
         }
         session.run_step()?;
         session.run_update()?;
+        session.check()?;
         for (j, after) in after.iter_mut().enumerate() {
             after.extend(session.read::<f32>(&session.plan().parameters[j].port));
         }
@@ -139,6 +140,7 @@ pub(super) fn clip(
     }
     session.run_step()?;
     session.run_update()?;
+    session.check()?;
     let label = format!("{}/out/norm", case.name);
     let norm = session.scalar("grad_norm").into_iter().collect::<Vec<_>>();
     judge.compare(label.clone(), &norm, file.real(&label)?.1, tolerance::VALUES);
