@@ -35,50 +35,58 @@ DEVICE Head head_of(int pair, int heads, int time) {
   return {pair, (long long)(pair / heads) * time, pair % heads * HEAD_DIM};
 }
 
-// blockIdx: block of queries, (sequence, head). Shared memory: three tiles.
+// blockIdx: block of queries, (sequence, head). Shared memory: five tiles.
 KERNEL __launch_bounds__(128) attention_forward(Rows<const real> q, Rows<const real> k, Rows<const real> v, Rows<real> y,
                                                 float* lse, int heads, int time, float scale, unsigned long long seed,
                                                 unsigned site, unsigned threshold, float keep_scale, const int* step) {
   DYNAMIC_SHARED(real, shared);
-  real *queries = shared, *keys = shared + TALL * LD, *values = shared + 2 * TALL * LD;
+  real *queries = shared, *tiles = shared + TALL * LD;
   const Head head = head_of(blockIdx.y, heads, time);
   const int block = gridDim.x - 1 - blockIdx.x, from = block * TALL, row = from + tile_warp() * 16;
 #if DROPOUT
   const Keep keep = keep_new(seed, *step, site, threshold, keep_scale);
 #endif
+  // keys and values of the next block are on their way while those of one are used
+  auto load = [&](int other, int buffer) {
+    real* to = tiles + buffer * 2 * TALL * LD;
+    load_tile<TALL, HEAD_DIM, VECTOR>(to, k.row(head.first + other) + head.column, k.stride, time - other);
+    load_tile<TALL, HEAD_DIM, VECTOR>(to + TALL * LD, v.row(head.first + other) + head.column, v.stride, time - other);
+  };
   load_tile<TALL, HEAD_DIM, VECTOR>(queries, q.row(head.first + from) + head.column, q.stride, time - from);
+  load(0, 0);
   float out[DIM / 8][4], top[2] = {-INFINITE, -INFINITE}, sum[2] = {0.0f, 0.0f};
   clear(out);
-  for (int other = 0; other <= from; other += TALL) {
-    __syncthreads();
-    load_tile<TALL, HEAD_DIM, VECTOR>(keys, k.row(head.first + other) + head.column, k.stride, time - other);
-    load_tile<TALL, HEAD_DIM, VECTOR>(values, v.row(head.first + other) + head.column, v.stride, time - other);
-    __syncthreads();
+  for (int other = 0, buffer = 0; other <= from; other += TALL, buffer ^= 1) {
+    const real *keys = tiles + buffer * 2 * TALL * LD, *values = keys + TALL * LD;
+    tiles_ready();
+    if (other < from) load(other + TALL, buffer ^ 1);
     float p[TALL / 8][4];
     clear(p);
     multiply<TALL, DIM, false, true>(p, queries + tile_warp() * 16 * LD, LD, keys, LD);
-    float here[2] = {top[0], top[1]};
+    if (other == from)
+#pragma unroll
+      for (int j = 0; j < TALL / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (other + tile_column(j, e) > row + tile_row(e)) p[j][e] = -INFINITE;
+    float here[2] = {top[0], top[1]}, factor[2], shift[2];
 #pragma unroll
     for (int j = 0; j < TALL / 8; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const bool seen = other + tile_column(j, e) <= row + tile_row(e);
-        p[j][e] = seen ? p[j][e] * (scale * LOG2_E) : -INFINITE;
-        here[e / 2] = fmaxf(here[e / 2], p[j][e]);
-      }
-    float factor[2];
+      for (int e = 0; e < 4; ++e) here[e / 2] = fmaxf(here[e / 2], p[j][e]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       here[i] = row_max(here[i]);
-      factor[i] = exp2f(top[i] - here[i]);
+      factor[i] = fast_exp2((top[i] - here[i]) * (scale * LOG2_E));
       top[i] = here[i];
+      shift[i] = here[i] * (scale * LOG2_E);
       sum[i] *= factor[i];
     }
 #pragma unroll
     for (int j = 0; j < TALL / 8; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        p[j][e] = exp2f(p[j][e] - top[e / 2]);
+        p[j][e] = fast_exp2(p[j][e] * (scale * LOG2_E) - shift[e / 2]);
         sum[e / 2] += p[j][e];
 #if DROPOUT
         const unsigned long long counter = (unsigned long long)(head.pair * time + row + tile_row(e)) << 32;
@@ -97,17 +105,17 @@ KERNEL __launch_bounds__(128) attention_forward(Rows<const real> q, Rows<const r
   if (tile_lane() % 4 == 0)
     for (int i = 0; i < 2; ++i)
       if (row + tile_row(2 * i) < time)
-        lse[head.pair * time + row + tile_row(2 * i)] = top[i] / LOG2_E + logf(sum[i]);
+        lse[head.pair * time + row + tile_row(2 * i)] = top[i] * scale + logf(sum[i]);
 }
 
-// Gradient of the queries; also writes delta = dy . y of each row, for the other kernel. Shared memory: four tiles.
-KERNEL __launch_bounds__(128, 2) attention_backward_queries(Rows<const real> q, Rows<const real> k, Rows<const real> v,
+// Gradient of the queries; also writes delta = dy . y of each row, for the other kernel. Shared memory: two tiles, and four of WALK rows.
+KERNEL __launch_bounds__(128, 3) attention_backward_queries(Rows<const real> q, Rows<const real> k, Rows<const real> v,
                                                          Rows<const real> y, const float* lse, Rows<const real> dy,
                                                          Rows<real> dq, float* delta, int heads, int time, float scale,
                                                          unsigned long long seed, unsigned site, unsigned threshold,
                                                          float keep_scale, const int* step) {
   DYNAMIC_SHARED(real, shared);
-  real *queries = shared, *dys = shared + TALL * LD, *keys = shared + 2 * TALL * LD, *values = keys + WALK * LD;
+  real *queries = shared, *dys = shared + TALL * LD, *tiles = shared + 2 * TALL * LD;
   const Head head = head_of(blockIdx.y, heads, time);
   const int block = gridDim.x - 1 - blockIdx.x, from = block * TALL, row = from + tile_warp() * 16;
 #if DROPOUT
@@ -115,7 +123,13 @@ KERNEL __launch_bounds__(128, 2) attention_backward_queries(Rows<const real> q, 
 #endif
   load_tile<TALL, HEAD_DIM, VECTOR>(queries, q.row(head.first + from) + head.column, q.stride, time - from);
   load_tile<TALL, HEAD_DIM, VECTOR>(dys, dy.row(head.first + from) + head.column, dy.stride, time - from);
-  __syncthreads();
+  tiles_ready();
+  auto load = [&](int other, int buffer) {
+    real* to = tiles + buffer * 2 * WALK * LD;
+    load_tile<WALK, HEAD_DIM, VECTOR>(to, k.row(head.first + other) + head.column, k.stride, time - other);
+    load_tile<WALK, HEAD_DIM, VECTOR>(to + WALK * LD, v.row(head.first + other) + head.column, v.stride, time - other);
+  };
+  load(0, 0);
   float own[2] = {0.0f, 0.0f}, shift[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -131,11 +145,11 @@ KERNEL __launch_bounds__(128, 2) attention_backward_queries(Rows<const real> q, 
   }
   float out[DIM / 8][4];
   clear(out);
-  for (int other = 0; other < from + TALL && other < time; other += WALK) {
-    __syncthreads();
-    load_tile<WALK, HEAD_DIM, VECTOR>(keys, k.row(head.first + other) + head.column, k.stride, time - other);
-    load_tile<WALK, HEAD_DIM, VECTOR>(values, v.row(head.first + other) + head.column, v.stride, time - other);
-    __syncthreads();
+  const int end = min(from + TALL, time);
+  for (int other = 0, buffer = 0; other < end; other += WALK, buffer ^= 1) {
+    const real *keys = tiles + buffer * 2 * WALK * LD, *values = keys + WALK * LD;
+    tiles_ready();
+    if (other + WALK < end) load(other + WALK, buffer ^ 1);
     float p[WALK / 8][4], dp[WALK / 8][4];
     clear(p);
     clear(dp);
@@ -145,8 +159,8 @@ KERNEL __launch_bounds__(128, 2) attention_backward_queries(Rows<const real> q, 
     for (int j = 0; j < WALK / 8; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const bool seen = other + tile_column(j, e) <= row + tile_row(e);
-        p[j][e] = seen ? exp2f(p[j][e] * (scale * LOG2_E) - shift[e / 2]) : 0.0f;
+        p[j][e] = fast_exp2(p[j][e] * (scale * LOG2_E) - shift[e / 2]);
+        if (other + WALK > from && other + tile_column(j, e) > row + tile_row(e)) p[j][e] = 0.0f;
 #if DROPOUT
         const unsigned long long counter = (unsigned long long)(head.pair * time + row + tile_row(e)) << 32;
         dp[j][e] *= keep.at(counter | (unsigned)(other + tile_column(j, e)));
@@ -158,16 +172,16 @@ KERNEL __launch_bounds__(128, 2) attention_backward_queries(Rows<const real> q, 
   store_tile<HEAD_DIM, VECTOR>(dq.row(head.first) + head.column, dq.stride, row, time, out, scale, scale);
 }
 
-// Gradients of keys and values. blockIdx: block of keys, (sequence, head). Shared memory: four tiles, two rows of f32.
+// Gradients of keys and values. blockIdx: block of keys, (sequence, head). Shared memory: as before,
+// and four rows of WALK f32.
 KERNEL __launch_bounds__(128, 2) attention_backward_keys(Rows<const real> q, Rows<const real> k, Rows<const real> v,
                                                       const float* lse, Rows<const real> dy, const float* delta,
                                                       Rows<real> dk, Rows<real> dv, int heads, int time, float scale,
                                                       unsigned long long seed, unsigned site, unsigned threshold,
                                                       float keep_scale, const int* step) {
   DYNAMIC_SHARED(real, shared);
-  real *keys = shared, *values = shared + TALL * LD, *queries = shared + 2 * TALL * LD, *dys = queries + WALK * LD;
-  float* shift = reinterpret_cast<float*>(dys + WALK * LD);
-  float* own = shift + WALK;
+  real *keys = shared, *values = shared + TALL * LD, *tiles = shared + 2 * TALL * LD;
+  float* rows = reinterpret_cast<float*>(tiles + 4 * WALK * LD);
   const Head head = head_of(blockIdx.y, heads, time);
   const int from = blockIdx.x * TALL, row = from + tile_warp() * 16;
 #if DROPOUT
@@ -175,19 +189,26 @@ KERNEL __launch_bounds__(128, 2) attention_backward_keys(Rows<const real> q, Row
 #endif
   load_tile<TALL, HEAD_DIM, VECTOR>(keys, k.row(head.first + from) + head.column, k.stride, time - from);
   load_tile<TALL, HEAD_DIM, VECTOR>(values, v.row(head.first + from) + head.column, v.stride, time - from);
+  auto load = [&](int other, int buffer) {
+    real* to = tiles + buffer * 2 * WALK * LD;
+    load_tile<WALK, HEAD_DIM, VECTOR>(to, q.row(head.first + other) + head.column, q.stride, time - other);
+    load_tile<WALK, HEAD_DIM, VECTOR>(to + WALK * LD, dy.row(head.first + other) + head.column, dy.stride, time - other);
+    if (threadIdx.x < WALK) {
+      const bool live = other + (int)threadIdx.x < time;
+      float* at = rows + buffer * 2 * WALK + threadIdx.x;
+      at[0] = live ? lse[head.pair * time + other + threadIdx.x] * LOG2_E : 0.0f;
+      at[WALK] = live ? delta[head.pair * time + other + threadIdx.x] : 0.0f;
+    }
+  };
+  load(from, 0);
   float key_sums[DIM / 8][4], value_sums[DIM / 8][4];
   clear(key_sums);
   clear(value_sums);
-  for (int other = from; other < time; other += WALK) {
-    __syncthreads();
-    load_tile<WALK, HEAD_DIM, VECTOR>(queries, q.row(head.first + other) + head.column, q.stride, time - other);
-    load_tile<WALK, HEAD_DIM, VECTOR>(dys, dy.row(head.first + other) + head.column, dy.stride, time - other);
-    for (int i = threadIdx.x; i < WALK; i += blockDim.x) {
-      const bool live = other + i < time;
-      shift[i] = live ? lse[head.pair * time + other + i] * LOG2_E : 0.0f;
-      own[i] = live ? delta[head.pair * time + other + i] : 0.0f;
-    }
-    __syncthreads();
+  for (int other = from, buffer = 0; other < time; other += WALK, buffer ^= 1) {
+    const real *queries = tiles + buffer * 2 * WALK * LD, *dys = queries + WALK * LD;
+    const float *shift = rows + buffer * 2 * WALK, *own = shift + WALK;
+    tiles_ready();
+    if (other + WALK < time) load(other + WALK, buffer ^ 1);
     // rows are keys, columns are queries
     float p[WALK / 8][4], dp[WALK / 8][4];
     clear(p);
@@ -199,8 +220,8 @@ KERNEL __launch_bounds__(128, 2) attention_backward_keys(Rows<const real> q, Row
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int query = tile_column(j, e);
-        const bool seen = row + tile_row(e) <= other + query;
-        const float probability = seen ? exp2f(p[j][e] * (scale * LOG2_E) - shift[query]) : 0.0f;
+        float probability = fast_exp2(p[j][e] * (scale * LOG2_E) - shift[query]);
+        if (other < from + TALL && row + tile_row(e) > other + query) probability = 0.0f;
         float kept = 1.0f;
 #if DROPOUT
         const unsigned long long counter = (unsigned long long)(head.pair * time + other + query) << 32;

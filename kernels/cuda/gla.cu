@@ -83,7 +83,7 @@ DEVICE void load_chunk(const Shared& s, Rows<const real> q, Rows<const real> k, 
     const int t = i / KEYS, d = i % KEYS;
     s.prefix[t * LDG + d] = t < count && d < KEY_DIM ? to_float(gates.row(first + t)[at.keys + d]) : 0.0f;
   }
-  __syncthreads();
+  tiles_ready();
   for (int i = threadIdx.x; i < SUBS * KEYS; i += blockDim.x) {
     const int sub = i / KEYS, d = i % KEYS;
     float *prefix = s.prefix + sub * SUB * LDG + d, *suffix = s.suffix + sub * SUB * LDG + d, sum = 0.0f;
@@ -101,11 +101,11 @@ DEVICE void load_chunk(const Shared& s, Rows<const real> q, Rows<const real> k, 
   __syncthreads();
   for (int i = threadIdx.x; i < TALL * KEYS; i += blockDim.x) {
     const int t = i / KEYS, d = i % KEYS;
-    store(s.scaled + t * LDK + d, to_float(s.queries[t * LDK + d]) * expf(s.prefix[t * LDG + d]) * scale);
+    store(s.scaled + t * LDK + d, to_float(s.queries[t * LDK + d]) * fast_exp(s.prefix[t * LDG + d]) * scale);
     float decay = s.suffix[t * LDG + d];
     const float key = to_float(s.keys[t * LDK + d]);
     for (int sub = t / SUB + 1; sub < SUBS; ++sub) {
-      store(near_of(s, sub) + t * LDK + d, key * expf(decay));
+      store(near_of(s, sub) + t * LDK + d, key * fast_exp(decay));
       decay += s.total[sub * LDG + d];
     }
   }
@@ -129,7 +129,7 @@ DEVICE void decay_state(const Shared& s, float (&state)[PARTS][VALUES / 8][4]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int d = p * 64 + tile_warp() * 16 + tile_row(2 * i);
-      const float decay = d < KEYS ? expf(between(s, 0, SUBS, d)) : 0.0f;
+      const float decay = d < KEYS ? fast_exp(between(s, 0, SUBS, d)) : 0.0f;
 #pragma unroll
       for (int j = 0; j < VALUES / 8; ++j) {
         state[p][j][2 * i] *= decay;
@@ -156,7 +156,7 @@ DEVICE void diagonal(const Shared& s, float scale, float (&a)[2][4]) {
         const int key = tile_column(j, c);
         const float x = to_float(s.keys[(first + key) * LDK + d]), g = s.prefix[(first + key) * LDG + d];
         for (int i = 0; i < 2; ++i)
-          if (key <= tile_row(2 * i)) a[j][2 * i + c] += query[i] * x * expf(gate[i] - g);
+          if (key <= tile_row(2 * i)) a[j][2 * i + c] += query[i] * x * fast_exp(gate[i] - g);
       }
   }
 }
@@ -196,7 +196,7 @@ KERNEL __launch_bounds__(128) gla_forward(Rows<const real> q, Rows<const real> k
     // the warp's queries with their decay from the start of the chunk
     for (int i = tile_lane(); i < SUB * KEYS; i += 32) {
       real* x = s.scaled + (row + i / KEYS) * LDK + i % KEYS;
-      store(x, to_float(*x) * expf(between(s, 0, warp, i % KEYS)));
+      store(x, to_float(*x) * fast_exp(between(s, 0, warp, i % KEYS)));
     }
     __syncwarp();
     clear(out);
@@ -208,7 +208,7 @@ KERNEL __launch_bounds__(128) gla_forward(Rows<const real> q, Rows<const real> k
     __syncthreads();
     for (int i = threadIdx.x; i < TALL * KEYS; i += blockDim.x) {
       const int t = i / KEYS, d = i % KEYS;
-      const float decay = expf(s.suffix[t * LDG + d] + between(s, t / SUB + 1, SUBS, d));
+      const float decay = fast_exp(s.suffix[t * LDG + d] + between(s, t / SUB + 1, SUBS, d));
       store(s.scaled + t * LDK + d, to_float(s.keys[t * LDK + d]) * decay);
     }
     decay_state(s, state);
@@ -259,10 +259,10 @@ KERNEL __launch_bounds__(128) gla_backward(Rows<const real> q, Rows<const real> 
     }
     load_chunk(s, q, k, v, gates, at.first + from, at, count, scale);
     load_tile<TALL, VALUE_DIM, VALUE_VECTOR>(dys, dy.row(at.first + from) + at.values, dy.stride, count);
-    __syncthreads();
+    tiles_ready();
     for (int i = threadIdx.x; i < TALL * KEYS; i += blockDim.x) {
       const int t = i / KEYS, d = i % KEYS;
-      const float decay = expf(s.suffix[t * LDG + d] + between(s, t / SUB + 1, SUBS, d));
+      const float decay = fast_exp(s.suffix[t * LDG + d] + between(s, t / SUB + 1, SUBS, d));
       store(decayed + t * LDK + d, to_float(s.keys[t * LDK + d]) * decay);
     }
     // what gates at tokens up to a query's (from a key's on, minus) receive
@@ -298,10 +298,10 @@ KERNEL __launch_bounds__(128) gla_backward(Rows<const real> q, Rows<const real> 
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int i = tile_row(e), d = tile_column(j, e);
-          const float gate = s.prefix[(row + i) * LDG + d], decay = expf(gate) * scale;
-          float x = out[j][e] * decay * expf(between(s, 0, warp, d)) + inner[j][e] * decay;
+          const float gate = s.prefix[(row + i) * LDG + d], decay = fast_exp(gate) * scale;
+          float x = out[j][e] * decay * fast_exp(between(s, 0, warp, d)) + inner[j][e] * decay;
           for (int key = 0; key < i; ++key) {
-            const float other = to_float(s.keys[(row + key) * LDK + d]) * expf(gate - s.prefix[(row + key) * LDG + d]);
+            const float other = to_float(s.keys[(row + key) * LDK + d]) * fast_exp(gate - s.prefix[(row + key) * LDG + d]);
             x += cross[i * LDS + key] * other * scale;
           }
           later[j][e] = x * to_float(s.queries[(row + i) * LDK + d]);
@@ -339,7 +339,7 @@ KERNEL __launch_bounds__(128) gla_backward(Rows<const real> q, Rows<const real> 
           for (int j = 0; j < KEYS / 8; ++j)
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-              const float decay = expf(between(s, warp + 1, sub, tile_column(j, c)));
+              const float decay = fast_exp(between(s, warp + 1, sub, tile_column(j, c)));
               out[j][c] += here[j][c] * decay;
               out[j][2 + c] += here[j][2 + c] * decay;
             }
@@ -358,14 +358,14 @@ KERNEL __launch_bounds__(128) gla_backward(Rows<const real> q, Rows<const real> 
         for (int e = 0; e < 4; ++e) {
           const int key = tile_row(e), d = tile_column(j, e);
           const float gate = s.prefix[(row + key) * LDG + d], to_end = s.suffix[(row + key) * LDG + d];
-          float x = out[j][e] * expf(to_end);
+          float x = out[j][e] * fast_exp(to_end);
           for (int i = key + 1; i < SUB; ++i) {
-            const float other = to_float(s.queries[(row + i) * LDK + d]) * expf(s.prefix[(row + i) * LDG + d] - gate);
+            const float other = to_float(s.queries[(row + i) * LDK + d]) * fast_exp(s.prefix[(row + i) * LDG + d] - gate);
             x += cross[i * LDS + key] * other * scale;
           }
           const float own = to_float(s.keys[(row + key) * LDK + d]);
           later[j][e] -= x * own;
-          const float passed = earlier[j][e] * expf(to_end + between(s, warp + 1, SUBS, d));
+          const float passed = earlier[j][e] * fast_exp(to_end + between(s, warp + 1, SUBS, d));
           earlier[j][e] = passed * own;
           out[j][e] = x + passed + cross[key * LDS + key] * to_float(s.queries[(row + key) * LDK + d]) * scale;
         }
@@ -377,7 +377,7 @@ KERNEL __launch_bounds__(128) gla_backward(Rows<const real> q, Rows<const real> 
     for (int i = threadIdx.x; i < TALL * KEYS; i += blockDim.x) {
       const int t = i / KEYS, d = i % KEYS;
       real* x = s.scaled + t * LDK + d;
-      store(x, to_float(*x) * expf(between(s, 0, t / SUB, d)));
+      store(x, to_float(*x) * fast_exp(between(s, 0, t / SUB, d)));
     }
 #pragma unroll
     for (int j = 0; j < KEYS / 8; ++j)
@@ -388,7 +388,7 @@ KERNEL __launch_bounds__(128) gla_backward(Rows<const real> q, Rows<const real> 
       }
     __syncthreads();
     for (int d = threadIdx.x; d < KEY_DIM; d += blockDim.x) {
-      float sum = through[d] * expf(between(s, 0, SUBS, d));
+      float sum = through[d] * fast_exp(between(s, 0, SUBS, d));
       for (int t = count - 1; t >= 0; --t) {
         sum += s.prefix[t * LDG + d];
         s.prefix[t * LDG + d] = sum;

@@ -129,7 +129,7 @@ KERNEL __launch_bounds__(128) decay_forward(Rows<const real> q, Rows<const real>
         if (r < KEY_DIM && column < VALUE_DIM) to[r * VALUE_DIM + column] = state[p][j][e];
       });
     }
-    __syncthreads();
+    tiles_ready();
     float a[TALL / 8][4], out[VALUES / 8][4];
     clear(out);
     multiply<VALUES, KEYS, false, false>(out, queries + row * LDK, LDK, before, LDV);
@@ -191,7 +191,7 @@ KERNEL __launch_bounds__(128) decay_backward(Rows<const real> q, Rows<const real
       through += x * gradient[p][j][e];
     });
     if (WKV) decay_sum += through * whole * count;
-    __syncthreads();
+    tiles_ready();
     {
       // rows are queries
       float out[KEYS / 8][4], da[TALL / 8][4];

@@ -83,6 +83,20 @@ template <int N> DEVICE void store_vector(bf16* to, const float* x) {
   else store(to, x[0]);
 }
 
+// 2^x to two units in the last place; 0 where the result would be subnormal.
+DEVICE float fast_exp2(float x) {
+#ifdef CUDA_EMULATION
+  return x < -126.0f ? 0.0f : exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// e^x for x <= 0, as fast_exp2.
+DEVICE float fast_exp(float x) { return fast_exp2(x * 1.44269504f); }
+
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // Without a header there is no macro for it.

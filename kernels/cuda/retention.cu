@@ -19,6 +19,15 @@
 #define VALUE_VECTOR 4
 #endif
 
+// Elements of values that are loaded at once, and columns from one head to the next there: more than VALUE_DIM where the
+// values were copied by pad_values.
+#ifndef VALUE_LOAD
+#define VALUE_LOAD VALUE_VECTOR
+#endif
+#ifndef VALUE_STEP
+#define VALUE_STEP VALUE_DIM
+#endif
+
 constexpr int TALL = 64;
 constexpr int KEYS = padded(KEY_DIM), VALUES = padded(VALUE_DIM);
 constexpr int LDK = pitch(KEY_DIM), LDV = pitch(VALUE_DIM);
@@ -27,21 +36,21 @@ constexpr int WALK = KEYS + VALUES > 128 ? 32 : 64;
 
 struct Head {
   long long pair, first;
-  int keys, values;
+  int keys, values, loaded;
   // ln and log2 of the decay, and 1 - decay
   float log, log2, forgotten;
 };
 DEVICE Head head_of(int pair, int heads, int time) {
   const int h = pair % heads;
   const float forgotten = exp2f(-5.0f - h), log = log1pf(-forgotten);
-  return {pair, (long long)(pair / heads) * time, h * KEY_DIM, h * VALUE_DIM, log, log * 1.44269504f, forgotten};
+  return {pair, (long long)(pair / heads) * time, h * KEY_DIM, h * VALUE_DIM, h * VALUE_STEP, log, log * 1.44269504f, forgotten};
 }
 
 // 1 / sqrt(g^0 + .. + g^t)
 DEVICE float row_weight(const Head& head, int t) { return rsqrtf(-expm1f((t + 1) * head.log) / head.forgotten); }
 
 // g^n
-DEVICE float power(const Head& head, int n) { return exp2f(n * head.log2); }
+DEVICE float power(const Head& head, int n) { return fast_exp2(n * head.log2); }
 
 // The first key, a multiple of TALL, of which queries from `from` on still know more than 2^-80.
 DEVICE int first_key(const Head& head, int from) {
@@ -66,8 +75,8 @@ KERNEL __launch_bounds__(128) retention_forward(Rows<const real> q, Rows<const r
   for (int other = first_key(head, from); other <= from; other += TALL) {
     __syncthreads();
     load_tile<TALL, KEY_DIM, KEY_VECTOR>(keys, k.row(head.first + other) + head.keys, k.stride, time - other);
-    load_tile<TALL, VALUE_DIM, VALUE_VECTOR>(values, v.row(head.first + other) + head.values, v.stride, time - other);
-    __syncthreads();
+    load_tile<TALL, VALUE_DIM, VALUE_LOAD>(values, v.row(head.first + other) + head.loaded, v.stride, time - other);
+    tiles_ready();
     float a[TALL / 8][4];
     clear(a);
     multiply<TALL, KEYS, false, true>(a, queries + tile_warp() * 16 * LDK, LDK, keys, LDK);
@@ -102,7 +111,7 @@ KERNEL __launch_bounds__(128, 2) retention_backward_queries(Rows<const real> k, 
   real *dys = shared, *values = shared + TALL * LDV, *keys = values + WALK * LDV;
   const Head head = head_of(blockIdx.y, heads, time);
   const int block = gridDim.x - 1 - blockIdx.x, from = block * TALL, row = from + tile_warp() * 16;
-  load_tile<TALL, VALUE_DIM, VALUE_VECTOR>(dys, dy.row(head.first + from) + head.values, dy.stride, time - from);
+  load_tile<TALL, VALUE_DIM, VALUE_LOAD>(dys, dy.row(head.first + from) + head.loaded, dy.stride, time - from);
   float weight[2], out[KEYS / 8][4];
   for (int i = 0; i < 2; ++i) {
     const int r = row + tile_row(2 * i);
@@ -112,8 +121,8 @@ KERNEL __launch_bounds__(128, 2) retention_backward_queries(Rows<const real> k, 
   for (int other = first_key(head, from); other < from + TALL && other < time; other += WALK) {
     __syncthreads();
     load_tile<WALK, KEY_DIM, KEY_VECTOR>(keys, k.row(head.first + other) + head.keys, k.stride, time - other);
-    load_tile<WALK, VALUE_DIM, VALUE_VECTOR>(values, v.row(head.first + other) + head.values, v.stride, time - other);
-    __syncthreads();
+    load_tile<WALK, VALUE_DIM, VALUE_LOAD>(values, v.row(head.first + other) + head.loaded, v.stride, time - other);
+    tiles_ready();
     float da[WALK / 8][4];
     clear(da);
     multiply<WALK, VALUES, false, true>(da, dys + tile_warp() * 16 * LDV, LDV, values, LDV);
@@ -145,19 +154,19 @@ KERNEL __launch_bounds__(128, 2) retention_backward_keys(Rows<const real> q, Row
   const Head head = head_of(blockIdx.y, heads, time);
   const int from = blockIdx.x * TALL, row = from + tile_warp() * 16;
   load_tile<TALL, KEY_DIM, KEY_VECTOR>(keys, k.row(head.first + from) + head.keys, k.stride, time - from);
-  load_tile<TALL, VALUE_DIM, VALUE_VECTOR>(values, v.row(head.first + from) + head.values, v.stride, time - from);
+  load_tile<TALL, VALUE_DIM, VALUE_LOAD>(values, v.row(head.first + from) + head.loaded, v.stride, time - from);
   float key_sums[KEYS / 8][4], value_sums[VALUES / 8][4];
   clear(key_sums);
   clear(value_sums);
   for (int other = from; other < time && first_key(head, other / TALL * TALL) < from + TALL; other += WALK) {
     __syncthreads();
     load_tile<WALK, KEY_DIM, KEY_VECTOR>(queries, q.row(head.first + other) + head.keys, q.stride, time - other);
-    load_tile<WALK, VALUE_DIM, VALUE_VECTOR>(dys, dy.row(head.first + other) + head.values, dy.stride, time - other);
+    load_tile<WALK, VALUE_DIM, VALUE_LOAD>(dys, dy.row(head.first + other) + head.loaded, dy.stride, time - other);
     for (int i = threadIdx.x; i < WALK; i += blockDim.x) {
       const int r = other + i;
       weight[i] = r < time ? row_weight(head, r) * power(head, r - from) / normalizer[head.pair * time + r] : 0.0f;
     }
-    __syncthreads();
+    tiles_ready();
     // rows are keys, columns are queries
     float a[WALK / 8][4], da[WALK / 8][4];
     clear(a);
@@ -178,4 +187,16 @@ KERNEL __launch_bounds__(128, 2) retention_backward_keys(Rows<const real> q, Row
   }
   store_tile<KEY_DIM, KEY_VECTOR>(dk.row(head.first) + head.keys, dk.stride, row, time, key_sums, 1.0f, 1.0f);
   store_tile<VALUE_DIM, VALUE_VECTOR>(dv.row(head.first) + head.values, dv.stride, row, time, value_sums, 1.0f, 1.0f);
+}
+
+// Copies values so that each head has VALUE_STEP columns, zeros at the end: rows of an odd number of columns cannot be
+// loaded in vectors.
+KERNEL pad_values(Rows<const real> x, real* to, int heads) {
+  const long long n = (long long)x.rows * heads * VALUE_STEP;
+  for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < n; i += (long long)gridDim.x * blockDim.x) {
+    const int c = (int)(i % VALUE_STEP), h = (int)(i / VALUE_STEP % heads);
+    real v = {};
+    if (c < VALUE_DIM) v = x.row(i / VALUE_STEP / heads)[h * VALUE_DIM + c];
+    to[i] = v;
+  }
 }

@@ -23,12 +23,25 @@
 #define SPLIT 4
 #endif
 
+// Channels that are loaded at once: at most CHUNK / SPLIT.
+#ifndef VECTOR
+#define VECTOR 4
+#endif
+// Blocks that a multiprocessor shall have room for in the backward pass: two of 256 threads are faster than one, although
+// each then spills some 100 bytes of registers.
+#ifndef MIN_BLOCKS
+#define MIN_BLOCKS 1
+#endif
+
 constexpr int CHUNK = 32, CHANNELS = 64;
 constexpr int THREADS = CHANNELS * SPLIT;
 // States of a lane, and of all lanes of a channel.
 constexpr int PER = (STATE + SPLIT - 1) / SPLIT, ALL = PER * SPLIT;
-// Elements of a chunk that a thread prepares.
-constexpr int OWN = CHUNK * CHANNELS / THREADS;
+// Elements of a chunk that a thread prepares, and vectors of them.
+constexpr int OWN = CHUNK * CHANNELS / THREADS, VECTORS = OWN / VECTOR;
+static_assert(OWN % VECTOR == 0, "a thread prepares whole vectors");
+// Rows whose recurrences run before their results go to shared memory, which the compiler would not let loads pass.
+constexpr int RUN = 4, RUNS = CHUNK / RUN;
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
 // What a chunk reads, prepared.
@@ -55,7 +68,7 @@ DEVICE float advance(float h, float first, float second, float key, float rate, 
   aside = second - first * key * h;
   return h + key * aside;
 #else
-  aside = exp2f(first * rate);
+  aside = fast_exp2(first * rate);
   return aside * h + second * key;
 #endif
 }
@@ -68,6 +81,21 @@ DEVICE Place place(int channels, int time) {
   const int first = blockIdx.x * CHANNELS, lane = threadIdx.x;
   return {lane / SPLIT, lane % SPLIT, (int)blockIdx.y, first, min(CHANNELS, channels - first),
           (long long)blockIdx.y * time};
+}
+
+// Row and first channel of a thread's vector.
+DEVICE int row_of(int i) { return (i * THREADS + (int)threadIdx.x) / (CHANNELS / VECTOR); }
+DEVICE int channel_of(int i) { return (i * THREADS + (int)threadIdx.x) % (CHANNELS / VECTOR) * VECTOR; }
+
+// A thread's elements of a chunk, zeros where there are none.
+DEVICE void load_own(float (&x)[OWN], Rows<const real> from, long long first, int rows, const Place& at) {
+#pragma unroll
+  for (int i = 0; i < VECTORS; ++i) {
+#pragma unroll
+    for (int e = 0; e < VECTOR; ++e) x[i * VECTOR + e] = 0.0f;
+    if (row_of(i) < rows && channel_of(i) < at.channels)
+      load_vector<VECTOR>(from.row(first + row_of(i)) + at.first_channel + channel_of(i), x + i * VECTOR);
+  }
 }
 
 // Keys and queries of a chunk, zeros where there are none, and |k|^2 of each row.
@@ -126,15 +154,15 @@ KERNEL __launch_bounds__(THREADS) scan_forward(Rows<const real> u, Rows<const re
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const long long first = at.rows + chunk * CHUNK;
     const int rows = min(CHUNK, time - chunk * CHUNK);
-    float input[OWN];
+    float input[OWN], steps[OWN];
+    load_own(input, u, first, rows, at);
+    load_own(steps, step, first, rows, at);
     __syncthreads();
     load_states(s, keys, queries, first, rows);
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
-      const int r = (i * THREADS + threadIdx.x) / CHANNELS, c = (i * THREADS + threadIdx.x) % CHANNELS;
-      const bool live = r < rows && c < at.channels;
-      input[i] = live ? to_float(u.row(first + r)[at.first_channel + c]) : 0.0f;
-      const float d = live ? prepare(to_float(step.row(first + r)[at.first_channel + c]), s.squares[r]).x : 0.0f;
+      const int r = row_of(i / VECTOR), c = channel_of(i / VECTOR) + i % VECTOR;
+      const float d = r < rows ? prepare(steps[i], s.squares[r]).x : 0.0f;
       s.first[r][c] = d;
       s.second[r][c] = d * input[i];
     }
@@ -145,85 +173,98 @@ KERNEL __launch_bounds__(THREADS) scan_forward(Rows<const real> u, Rows<const re
         if (n < STATE) kept[kept_at(at, chunk, chunks, n, u.cols)] = h[i];
       }
     __syncthreads();
-    for (int r = 0; r < rows; ++r) {
-      const float a = s.first[r][at.channel], b = s.second[r][at.channel];
-      float sum = 0.0f;
+    // rows beyond the end have step sizes of 0 and change nothing
+    for (int from = 0; from < rows; from += RUN) {
+      float sums[RUN];
 #pragma unroll
-      for (int i = 0; i < PER; ++i) {
-        float aside;
-        h[i] = advance(h[i], a, b, s.keys[r][at.part * PER + i], rates[i], aside);
-        sum += s.queries[r][at.part * PER + i] * h[i];
+      for (int k = 0; k < RUN; ++k) {
+        const float a = s.first[from + k][at.channel], b = s.second[from + k][at.channel];
+        sums[k] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < PER; ++i) {
+          float aside;
+          h[i] = advance(h[i], a, b, s.keys[from + k][at.part * PER + i], rates[i], aside);
+          sums[k] += s.queries[from + k][at.part * PER + i] * h[i];
+        }
       }
-      sum = sum_parts(sum);
+#pragma unroll
+      for (int k = 0; k < RUN; ++k) sums[k] = sum_parts(sums[k]);
       __syncwarp();
       // the lanes of the channel have read what this replaces
-      if (at.part == 0) s.second[r][at.channel] = sum;
+#pragma unroll
+      for (int k = 0; k < RUN; ++k)
+        if (k % SPLIT == at.part) s.second[from + k][at.channel] = sums[k];
     }
+    float z[OWN];
+#if GATED
+    load_own(z, gate, first, rows, at);
+#endif
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < OWN; ++i) {
-      const int r = (i * THREADS + threadIdx.x) / CHANNELS, c = (i * THREADS + threadIdx.x) % CHANNELS;
+    for (int i = 0; i < VECTORS; ++i) {
+      const int r = row_of(i), c = channel_of(i);
       if (r < rows && c < at.channels) {
-        float out = s.second[r][c] + (skip ? skip[at.first_channel + c] * input[i] : 0.0f);
-#if GATED
-        const float z = to_float(gate.row(first + r)[at.first_channel + c]);
-        out *= z * sigmoid(z);
-#endif
-        store(y.row(first + r) + at.first_channel + c, out);
+        float out[VECTOR];
+#pragma unroll
+        for (int e = 0; e < VECTOR; ++e) {
+          out[e] = s.second[r][c + e] + (skip ? skip[at.first_channel + c + e] * input[i * VECTOR + e] : 0.0f);
+          if (GATED) out[e] *= z[i * VECTOR + e] * sigmoid(z[i * VECTOR + e]);
+        }
+        store_vector<VECTOR>(y.row(first + r) + at.first_channel + c, out);
       }
     }
   }
 }
 
-// Rows whose states the backward pass has in registers at once.
-constexpr int RUN = LONGHORN ? 8 : 4;
-constexpr int RUNS = CHUNK / RUN;
 constexpr int WARPS = THREADS / 32;
+// Warps' parts of a row, where one row is prepared by several.
+constexpr int ROW_PARTS = CHANNELS / VECTOR > 32 ? CHANNELS / VECTOR / 32 : 1;
 
 struct Backward {
   Prepared prepared;
   float dy[CHUNK][CHANNELS];   // gradient of what the gate multiplies
   float out[CHUNK][CHANNELS];  // q . h
   float pairs[WARPS][CHUNK][2 * ALL];
-  float squares[CHUNK][CHANNELS / 32];
+  float squares[CHUNK][ROW_PARTS];
 };
 
-// Sums x[i] over the channels of a warp, for the state of each lane's part: every lane has all sums of its part.
-template <int N> DEVICE void sum_channels(float (&x)[N]) {
+// Sums x[0 .. N) over the lanes whose numbers differ in the bits O, 2 O, .. 16. Where N is even, a step halves the values: a
+// lane keeps those of its half. In the end x[i] is the sum of value `index` + i.
+template <int N, int O> DEVICE void fold(float* x, int& index) {
+  if constexpr (O < 32) {
+    if constexpr (N % 2 == 0) {
+      const bool high = threadIdx.x & O;
 #pragma unroll
-  for (int i = 0; i < N; ++i)
+      for (int i = 0; i < N / 2; ++i) {
+        const float mine = high ? x[N / 2 + i] : x[i], other = high ? x[i] : x[N / 2 + i];
+        x[i] = mine + __shfl_xor_sync(0xffffffffu, other, O);
+      }
+      if (high) index += N / 2;
+      fold<N / 2, 2 * O>(x, index);
+    } else {
 #pragma unroll
-    for (int o = SPLIT; o < 32; o <<= 1) x[i] += __shfl_xor_sync(0xffffffffu, x[i], o);
-}
-
-// As sum_channels, of four values in fewer steps: the lanes halve the values among themselves, and lane group g (of the
-// channel) ends with value g % 4.
-DEVICE float sum_four(const float (&x)[4], int channel) {
-  const bool high = channel & 1, upper = channel & 2;
-  const float a = (high ? x[1] : x[0]) + __shfl_xor_sync(0xffffffffu, high ? x[0] : x[1], SPLIT);
-  const float b = (high ? x[3] : x[2]) + __shfl_xor_sync(0xffffffffu, high ? x[2] : x[3], SPLIT);
-  float c = (upper ? b : a) + __shfl_xor_sync(0xffffffffu, upper ? a : b, 2 * SPLIT);
-#pragma unroll
-  for (int o = 4 * SPLIT; o < 32; o <<= 1) c += __shfl_xor_sync(0xffffffffu, c, o);
-  return c;
-}
-
-// Writes the sums over a warp's channels to `to`, which has the states of all parts.
-template <int N> DEVICE void write_sums(float (&x)[N], float* to, const Place& at) {
-  if constexpr (N == 4 && 4 * SPLIT <= 32) {
-    const float sum = sum_four(x, at.channel);
-    if (threadIdx.x % 32 < 4 * SPLIT) to[at.part * N + at.channel % 4] = sum;
-  } else {
-    sum_channels(x);
-    if (threadIdx.x % 32 < SPLIT)
-#pragma unroll
-      for (int i = 0; i < N; ++i) to[at.part * N + i] = x[i];
+      for (int i = 0; i < N; ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], O);
+      fold<N, 2 * O>(x, index);
+    }
   }
+}
+template <int N, int O> __device__ constexpr int folded() {
+  if constexpr (O >= 32) return N;
+  else return folded<N % 2 == 0 ? N / 2 : N, 2 * O>();
+}
+
+// Sums over the warp's channels, of RUN rows and the states of each lane's part, to rows of `to`.
+DEVICE void write_sums(float (&x)[RUN * PER], float (*to)[2 * ALL], int column, const Place& at) {
+  int index = 0;
+  fold<RUN * PER, SPLIT>(x, index);
+#pragma unroll
+  for (int i = 0; i < folded<RUN * PER, SPLIT>(); ++i)
+    to[(index + i) / PER][column + at.part * PER + (index + i) % PER] = x[i];
 }
 
 // Gradients. dpairs [groups of channels, rows, 2 STATE]: those of queries and keys, summed over the block's channels;
 // dskip [sequences, channels] and drates [sequences, channels * STATE]: summed over time. blockIdx: channels, sequence.
-KERNEL __launch_bounds__(THREADS) scan_backward(Rows<const real> u, Rows<const real> step, Rows<const real> keys,
+KERNEL __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(Rows<const real> u, Rows<const real> step, Rows<const real> keys,
                                                 Rows<const real> queries, const float* a_log, const float* skip,
                                                 Rows<const real> gate, const float* kept, Rows<const real> dy, Rows<real> du,
                                                 Rows<real> dstep, Rows<real> dgate, float* dpairs, float* dskip,
@@ -233,37 +274,38 @@ KERNEL __launch_bounds__(THREADS) scan_backward(Rows<const real> u, Rows<const r
   Prepared& s = b.prepared;
   const Place at = place(u.cols, time);
   const int chunks = (time + CHUNK - 1) / CHUNK, warp = threadIdx.x / 32;
-  float lambda[PER], rates[PER], rate_sums[PER], skip_sum = 0.0f;
+  float lambda[PER], rates[PER], rate_sums[PER], skip_sums[VECTOR];
   load_rates(rates, a_log, at);
 #pragma unroll
   for (int i = 0; i < PER; ++i) lambda[i] = rate_sums[i] = 0.0f;
+#pragma unroll
+  for (int e = 0; e < VECTOR; ++e) skip_sums[e] = 0.0f;
   for (int chunk = chunks - 1; chunk >= 0; --chunk) {
     const long long first = at.rows + chunk * CHUNK;
     const int rows = min(CHUNK, time - chunk * CHUNK);
     float input[OWN], slope[OWN];
-    __syncthreads();
-    load_states(s, keys, queries, first, rows);
+    {
+      float steps[OWN], gradient[OWN], z[OWN];
+      load_own(input, u, first, rows, at);
+      load_own(steps, step, first, rows, at);
+      load_own(gradient, dy, first, rows, at);
+#if GATED
+      load_own(z, gate, first, rows, at);
+#endif
+      __syncthreads();
+      load_states(s, keys, queries, first, rows);
 #pragma unroll
-    for (int i = 0; i < OWN; ++i) {
-      const int r = (i * THREADS + threadIdx.x) / CHANNELS, c = (i * THREADS + threadIdx.x) % CHANNELS;
-      const bool live = r < rows && c < at.channels;
-      input[i] = slope[i] = s.first[r][c] = s.second[r][c] = b.dy[r][c] = 0.0f;
-      if (live) {
-        input[i] = to_float(u.row(first + r)[at.first_channel + c]);
-        const float2 d = prepare(to_float(step.row(first + r)[at.first_channel + c]), s.squares[r]);
+      for (int i = 0; i < OWN; ++i) {
+        const int r = row_of(i / VECTOR), c = channel_of(i / VECTOR) + i % VECTOR;
+        const float2 d = r < rows ? prepare(steps[i], s.squares[r]) : make_float2(0.0f, 0.0f);
         slope[i] = d.y;
         s.first[r][c] = d.x;
         s.second[r][c] = d.x * input[i];
-        float gradient = to_float(dy.row(first + r)[at.first_channel + c]);
-#if GATED
-        const float z = to_float(gate.row(first + r)[at.first_channel + c]);
-        gradient *= z * sigmoid(z);
-#endif
-        b.dy[r][c] = gradient;
-        skip_sum += gradient * input[i];
+        if (GATED) gradient[i] *= z[i] * sigmoid(z[i]);
+        b.dy[r][c] = gradient[i];
+        skip_sums[i % VECTOR] += gradient[i] * input[i];
       }
     }
-    __syncthreads();
     // the states before each run of rows
     float starts[RUNS][PER], h[PER];
 #pragma unroll
@@ -271,6 +313,7 @@ KERNEL __launch_bounds__(THREADS) scan_backward(Rows<const real> u, Rows<const r
       const int n = at.part * PER + i;
       h[i] = at.channel < at.channels && n < STATE ? kept[kept_at(at, chunk, chunks, n, u.cols)] : 0.0f;
     }
+    __syncthreads();
 #pragma unroll
     for (int run = 0; run < RUNS; ++run) {
 #pragma unroll
@@ -287,86 +330,104 @@ KERNEL __launch_bounds__(THREADS) scan_backward(Rows<const real> u, Rows<const r
 #pragma unroll
     for (int run = RUNS - 1; run >= 0; --run) {
       // rows beyond the end have step sizes and gradients of 0 and change nothing
-      float aside[RUN][PER], before[LONGHORN ? 1 : RUN][PER];
+      float aside[RUN][PER], before[RUN][PER], sums[RUN], others[RUN], pairs[RUN * PER];
 #pragma unroll
       for (int i = 0; i < PER; ++i) h[i] = starts[run][i];
 #pragma unroll
       for (int k = 0; k < RUN; ++k) {
         const int r = run * RUN + k;
         const float gradient = b.dy[r][at.channel];
-        float sum = 0.0f, dq[PER];
+        sums[k] = 0.0f;
 #pragma unroll
         for (int i = 0; i < PER; ++i) {
-          if (!LONGHORN) before[LONGHORN ? 0 : k][i] = h[i];
+          before[k][i] = h[i];
           h[i] = advance(h[i], s.first[r][at.channel], s.second[r][at.channel], s.keys[r][at.part * PER + i], rates[i], aside[k][i]);
-          sum += s.queries[r][at.part * PER + i] * h[i];
-          dq[i] = gradient * h[i];
+          sums[k] += s.queries[r][at.part * PER + i] * h[i];
+          pairs[k * PER + i] = gradient * h[i];
         }
-        write_sums(dq, b.pairs[warp][r], at);
-        sum = sum_parts(sum);
-        if (at.part == 0) b.out[r][at.channel] = sum;
+      }
+      write_sums(pairs, b.pairs[warp] + run * RUN, 0, at);
+#pragma unroll
+      for (int k = 0; k < RUN; ++k) {
+        sums[k] = sum_parts(sums[k]);
+        if (k % SPLIT == at.part) b.out[run * RUN + k][at.channel] = sums[k];
       }
 #pragma unroll
       for (int k = RUN - 1; k >= 0; --k) {
         const int r = run * RUN + k;
         const float gradient = b.dy[r][at.channel], a = s.first[r][at.channel], au = s.second[r][at.channel];
-        float one = 0.0f, two = 0.0f, dk[PER];
+        float one = 0.0f, two = 0.0f;
 #pragma unroll
         for (int i = 0; i < PER; ++i) {
           const float key = s.keys[r][at.part * PER + i];
           const float l = lambda[i] + s.queries[r][at.part * PER + i] * gradient;
-#if LONGHORN
-          const float m = key * l;
-          one += m * aside[k][i];
-          two += m;
-          dk[i] = l * (2.0f * aside[k][i] - au);
-          lambda[i] = l - key * (a * m);
-#else
-          const float x = l * aside[k][i] * before[k][i];
-          one += x * rates[i];
-          two += l * key;
-          dk[i] = l * au;
-          rate_sums[i] += x * a;
-          lambda[i] = l * aside[k][i];
-#endif
+          if (LONGHORN) {
+            const float m = key * l;
+            one += m * aside[k][i];
+            two += m;
+            pairs[k * PER + i] = l * (2.0f * aside[k][i] - au);
+            lambda[i] = l - key * (a * m);
+          } else {
+            const float x = l * aside[k][i] * before[k][i];
+            one += x * rates[i];
+            two += l * key;
+            pairs[k * PER + i] = l * au;
+            rate_sums[i] += x * a;
+            lambda[i] = l * aside[k][i];
+          }
         }
-        write_sums(dk, b.pairs[warp][r] + ALL, at);
-        one = sum_parts(one);
-        two = sum_parts(two);
-        __syncwarp();
-        if (at.part == 0) {
-          s.second[r][at.channel] = one;
-          b.dy[r][at.channel] = two;
-        }
+        sums[k] = one;
+        others[k] = two;
       }
+      write_sums(pairs, b.pairs[warp] + run * RUN, ALL, at);
+#pragma unroll
+      for (int k = 0; k < RUN; ++k) {
+        sums[k] = sum_parts(sums[k]);
+        others[k] = sum_parts(others[k]);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int k = 0; k < RUN; ++k)
+        if (k % SPLIT == at.part) {
+          s.second[run * RUN + k][at.channel] = sums[k];
+          b.dy[run * RUN + k][at.channel] = others[k];
+        }
     }
+    float gradient[OWN], z[OWN];
+    load_own(gradient, dy, first, rows, at);
+#if GATED
+    load_own(z, gate, first, rows, at);
+#endif
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < OWN; ++i) {
-      const int r = (i * THREADS + threadIdx.x) / CHANNELS, c = (i * THREADS + threadIdx.x) % CHANNELS;
+    for (int i = 0; i < VECTORS; ++i) {
+      const int r = row_of(i), c = channel_of(i), column = at.first_channel + c;
       const bool live = r < rows && c < at.channels;
-      const float one = s.second[r][c], two = b.dy[r][c], a = s.first[r][c];
-#if LONGHORN
-      float squares = live ? -a * one : 0.0f;
+      float dinput[VECTOR], dsteps[VECTOR], dz[VECTOR], squares = 0.0f;
 #pragma unroll
-      for (int o = 16; o > 0; o >>= 1) squares += __shfl_xor_sync(0xffffffffu, squares, o);
-      if (c % 32 == 0) b.squares[r][c / 32] = squares;
-#endif
+      for (int e = 0; e < VECTOR; ++e) {
+        const int own = i * VECTOR + e;
+        const float one = s.second[r][c + e], two = b.dy[r][c + e], a = s.first[r][c + e];
+        const float weight = skip && live ? skip[column + e] : 0.0f;
+        if (GATED) {
+          const float g = sigmoid(z[own]);
+          dz[e] = gradient[own] * (b.out[r][c + e] + weight * input[own]) * g * (1.0f + z[own] * (1.0f - g));
+          gradient[own] *= z[own] * g;
+        }
+        dinput[e] = weight * gradient[own] + a * two;
+        dsteps[e] = (LONGHORN ? one : one * LN_2 + input[own] * two) * slope[own];
+        squares -= a * one;
+      }
+      if (LONGHORN) {
+        constexpr int LANES = CHANNELS / VECTOR > 32 ? 32 : CHANNELS / VECTOR;
+#pragma unroll
+        for (int o = LANES / 2; o > 0; o >>= 1) squares += __shfl_xor_sync(0xffffffffu, squares, o);
+        if (c / VECTOR % LANES == 0) b.squares[r][c / VECTOR / LANES] = squares;
+      }
       if (live) {
-        const int column = at.first_channel + c;
-        const float weight = skip ? skip[column] : 0.0f;
-        float gradient = to_float(dy.row(first + r)[column]);
-#if GATED
-        const float z = to_float(gate.row(first + r)[column]), g = sigmoid(z);
-        store(dgate.row(first + r) + column, gradient * (b.out[r][c] + weight * input[i]) * g * (1.0f + z * (1.0f - g)));
-        gradient *= z * g;
-#endif
-        store(du.row(first + r) + column, weight * gradient + a * two);
-#if LONGHORN
-        store(dstep.row(first + r) + column, one * slope[i]);
-#else
-        store(dstep.row(first + r) + column, (one * LN_2 + input[i] * two) * slope[i]);
-#endif
+        store_vector<VECTOR>(du.row(first + r) + column, dinput);
+        store_vector<VECTOR>(dstep.row(first + r) + column, dsteps);
+        if (GATED) store_vector<VECTOR>(dgate.row(first + r) + column, dz);
       }
     }
     __syncthreads();
@@ -379,21 +440,22 @@ KERNEL __launch_bounds__(THREADS) scan_backward(Rows<const real> u, Rows<const r
       if (half) {
         float squares = 0.0f;
 #pragma unroll
-        for (int w = 0; w < CHANNELS / 32; ++w) squares += b.squares[r][w];
+        for (int w = 0; w < ROW_PARTS; ++w) squares += b.squares[r][w];
         sum += 2.0f * s.keys[r][n] * squares;
       }
 #endif
       dpairs[(((long long)blockIdx.x * u.rows + first + r) * 2 + half) * STATE + n] = sum;
     }
   }
-  // thread i has summed over the rows of channel i % CHANNELS
+  // threads a multiple of CHANNELS / VECTOR apart have summed over rows of the same channels
   __syncthreads();
-  float* sums = &b.out[0][0];
-  sums[threadIdx.x] = skip_sum;
+  float* sums = &b.prepared.first[0][0];
+#pragma unroll
+  for (int e = 0; e < VECTOR; ++e) sums[threadIdx.x * VECTOR + e] = skip_sums[e];
   __syncthreads();
   if ((int)threadIdx.x < at.channels && dskip) {
     float sum = 0.0f;
-    for (int i = threadIdx.x; i < THREADS; i += CHANNELS) sum += sums[i];
+    for (int i = threadIdx.x; i < THREADS * VECTOR; i += CHANNELS) sum += sums[i];
     dskip[(long long)at.sequence * u.cols + at.first_channel + threadIdx.x] = sum;
   }
 #if !LONGHORN

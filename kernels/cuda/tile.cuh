@@ -12,6 +12,9 @@ __device__ constexpr int padded(int n) { return (n + 15) / 16 * 16; }
 // Elements from one row of a shared tile of `cols` columns to the next, so that rows begin in different banks.
 __device__ constexpr int pitch(int cols) { return padded(cols) + (sizeof(real) == 2 ? 8 : 4); }
 
+// Threads of a block: four warps.
+constexpr int TILE_THREADS = 128;
+
 DEVICE int tile_lane() { return threadIdx.x & 31; }
 DEVICE int tile_warp() { return threadIdx.x >> 5; }
 DEVICE int tile_row(int e) { return tile_lane() / 4 + (e / 2) * 8; }
@@ -152,19 +155,46 @@ template <> struct Raw<4> { typedef unsigned type; };
 template <> struct Raw<8> { typedef uint2 type; };
 template <> struct Raw<16> { typedef uint4 type; };
 
-// A tile of TALL rows of DIM columns, of which `rows` exist, by the whole block; zeros where there is nothing. AT_ONCE
-// elements are copied at once.
+// Starts to load a tile of TALL rows of DIM columns, of which `rows` exist, by the whole block; zeros where there is nothing.
+// AT_ONCE elements are copied at once. The tile is there after `tiles_ready`.
 template <int TALL, int DIM, int AT_ONCE>
 DEVICE void load_tile(real* to, const real* from, long long stride, int rows) {
   typedef typename Raw<AT_ONCE * sizeof(real)>::type raw;
-  constexpr int PER_ROW = padded(DIM) / AT_ONCE;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < TALL * PER_ROW; i += blockDim.x) {
-    const int r = i / PER_ROW, c = i % PER_ROW * AT_ONCE;
-    raw v = {};
-    if (r < rows && c < DIM) v = *reinterpret_cast<const raw*>(from + r * stride + c);
-    *reinterpret_cast<raw*>(to + r * pitch(DIM) + c) = v;
+  constexpr int PER_ROW = padded(DIM) / AT_ONCE, COUNT = TALL * PER_ROW / TILE_THREADS;
+  static_assert(COUNT * TILE_THREADS == TALL * PER_ROW, "a tile is a whole number of copies for each thread");
+  if constexpr (sizeof(raw) == 16) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const int at = i * TILE_THREADS + (int)threadIdx.x, r = at / PER_ROW, c = at % PER_ROW * AT_ONCE;
+      real* place = to + r * pitch(DIM) + c;
+      if (r < rows && c < DIM) copy_async(place, from + r * stride + c);
+      else *reinterpret_cast<raw*>(place) = raw{};
+    }
+  } else {
+    // all loads of a batch before its stores, which the compiler would not let them pass
+    constexpr int BATCH = COUNT % 8 == 0 ? 8 : COUNT % 4 == 0 ? 4 : COUNT % 2 == 0 ? 2 : 1;
+    for (int i = 0; i < COUNT; i += BATCH) {
+      raw v[BATCH];
+#pragma unroll
+      for (int b = 0; b < BATCH; ++b) {
+        const int at = (i + b) * TILE_THREADS + (int)threadIdx.x, r = at / PER_ROW, c = at % PER_ROW * AT_ONCE;
+        v[b] = raw{};
+        if (r < rows && c < DIM) v[b] = *reinterpret_cast<const raw*>(from + r * stride + c);
+      }
+#pragma unroll
+      for (int b = 0; b < BATCH; ++b) {
+        const int at = (i + b) * TILE_THREADS + (int)threadIdx.x, r = at / PER_ROW, c = at % PER_ROW * AT_ONCE;
+        *reinterpret_cast<raw*>(to + r * pitch(DIM) + c) = v[b];
+      }
+    }
   }
+}
+
+// Waits for the tiles that the block has started to load. Everything before it is done, too.
+DEVICE void tiles_ready() {
+  copy_commit();
+  copy_wait<0>();
+  __syncthreads();
 }
 
 // The warp's 16 rows of a result, from row `first` on, times a factor, to memory of DIM columns and `rows` rows.

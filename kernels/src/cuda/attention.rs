@@ -53,7 +53,7 @@ fn finish(call: Call, dims: Dims, dropout: Option<Dropout>) -> Call {
     }
 }
 
-/// Elements of shared memory for `tall` and `walk` rows, of each two tiles.
+/// Bytes of shared memory for tiles of so many rows in all.
 fn tiles(dims: Dims, dtype: DType, tall: usize, walk: usize) -> usize {
     (tall + walk) * pitch(dims.head_dim, dtype) * dtype.size()
 }
@@ -78,7 +78,7 @@ pub fn forward(
     y: Tensor,
     lse: Tensor,
 ) -> Result<(), KernelError> {
-    let call = call("attention_forward", dims, dropout, &[q, k, v, y])?.shared(tiles(dims, q.dtype, TALL, 2 * TALL));
+    let call = call("attention_forward", dims, dropout, &[q, k, v, y])?.shared(tiles(dims, q.dtype, TALL, 4 * TALL));
     c.launch(finish(call.rows(q).rows(k).rows(v).rows(y).pointer(lse), dims, dropout))
 }
 
@@ -104,11 +104,11 @@ pub fn backward(
     let tensors = [q, k, v, dy, dq, dk, dv];
     let delta = c.scratch(dims.batch * dims.heads, dims.time, DType::F32);
     let walk = walk(dims);
-    let shared = tiles(dims, q.dtype, 2 * TALL, 2 * walk);
+    let shared = tiles(dims, q.dtype, 2 * TALL, 4 * walk);
     let queries = call("attention_backward_queries", dims, dropout, &tensors)?.shared(shared);
     let queries = queries.rows(q).rows(k).rows(v).rows(y).pointer(lse).rows(dy).rows(dq).pointer(delta);
     c.launch(finish(queries, dims, dropout))?;
-    let keys = call("attention_backward_keys", dims, dropout, &tensors)?.shared(shared + 8 * walk);
+    let keys = call("attention_backward_keys", dims, dropout, &tensors)?.shared(shared + 16 * walk);
     let keys = keys.rows(q).rows(k).rows(v).pointer(lse).rows(dy).pointer(delta).rows(dk).rows(dv);
     c.launch(finish(keys, dims, dropout))
 }

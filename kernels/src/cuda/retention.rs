@@ -2,6 +2,7 @@
 //! [`cpu::retention`](crate::cpu::retention).
 
 use super::call::{Call, Calls, Tensor};
+use super::layout::blocks_for;
 use super::source::{head_vector, pitch, real};
 use crate::cpu::retention::Dims;
 use crate::device::KernelError;
@@ -11,18 +12,41 @@ const MAX_HEAD_DIM: usize = 128;
 /// Rows of a block.
 const TALL: usize = 64;
 
-fn call(entry: &'static str, dims: Dims, keys: &[Tensor], values: &[Tensor]) -> Result<Call, KernelError> {
+/// Values as the kernels load them: where heads have no whole vectors, a copy with wider heads.
+fn loaded(c: &mut Calls<'_>, dims: Dims, values: Tensor) -> Result<Tensor, KernelError> {
+    let (most, step) = (16 / values.dtype.size(), dims.value_dim.next_multiple_of(16));
+    if head_vector(&[values], dims.value_dim) == most || dims.time <= TALL {
+        return Ok(values);
+    }
+    let to = c.scratch(values.rows, dims.heads * step, values.dtype);
+    let call = real(Call::file("retention", "pad_values"), values).define("VALUE_DIM", dims.value_dim);
+    let call = call.define("VALUE_STEP", step).grid(blocks_for(to.len())).rows(values).pointer(to);
+    c.launch(call.arg(dims.heads as i32))?;
+    Ok(to)
+}
+
+/// `values` are results; `loaded` are what the kernel loads of values' width.
+fn call(
+    entry: &'static str,
+    dims: Dims,
+    keys: &[Tensor],
+    values: &[Tensor],
+    loaded: &[Tensor],
+) -> Result<Call, KernelError> {
     let Dims { batch, time, heads, key_dim, value_dim } = dims;
     if key_dim.max(value_dim) > MAX_HEAD_DIM {
         let message =
             format!("CUDA retention takes heads of up to {MAX_HEAD_DIM} channels, found {key_dim} and {value_dim}");
         return Err(KernelError(message));
     }
-    Ok(real(Call::file("retention", entry), values[0])
+    let step = loaded[0].cols / heads.max(1);
+    Ok(real(Call::file("retention", entry), loaded[0])
         .define("KEY_DIM", key_dim)
         .define("VALUE_DIM", value_dim)
         .define("KEY_VECTOR", head_vector(keys, key_dim))
         .define("VALUE_VECTOR", head_vector(values, value_dim))
+        .define("VALUE_LOAD", head_vector(loaded, step))
+        .define("VALUE_STEP", step)
         .grid3(time.div_ceil(TALL), batch * heads, 1)
         .block(128))
 }
@@ -45,7 +69,8 @@ pub fn forward(
     normalizer: Tensor,
 ) -> Result<(), KernelError> {
     let [keys, values] = [dims.key_dim, dims.value_dim].map(|dim| pitch(dim, q.dtype) * q.dtype.size());
-    let call = call("retention_forward", dims, &[q, k], &[v, y])?.shared(TALL * (2 * keys + values));
+    let v = loaded(c, dims, v)?;
+    let call = call("retention_forward", dims, &[q, k], &[y], &[v])?.shared(TALL * (2 * keys + values));
     c.launch(finish(call.rows(q).rows(k).rows(v).rows(y).pointer(normalizer), dims))
 }
 
@@ -68,10 +93,11 @@ pub fn backward(
 ) -> Result<(), KernelError> {
     let [keys, values] = [dims.key_dim, dims.value_dim].map(|dim| pitch(dim, q.dtype) * q.dtype.size());
     let walk = if dims.key_dim.next_multiple_of(16) + dims.value_dim.next_multiple_of(16) > 128 { 32 } else { 64 };
-    let queries = call("retention_backward_queries", dims, &[k, dq], &[v, dy])?;
+    let (v, dy) = (loaded(c, dims, v)?, loaded(c, dims, dy)?);
+    let queries = call("retention_backward_queries", dims, &[k, dq], &[dv], &[v, dy])?;
     let queries = queries.shared(TALL * values + walk * (keys + values));
     c.launch(finish(queries.rows(k).rows(v).pointer(normalizer).rows(dy).rows(dq), dims))?;
-    let both = call("retention_backward_keys", dims, &[q, k, dk], &[v, dy, dv])?;
+    let both = call("retention_backward_keys", dims, &[q, k, dk], &[dv], &[v, dy])?;
     let both = both.shared((TALL + walk) * (keys + values) + 4 * walk);
     c.launch(finish(both.rows(q).rows(k).rows(v).pointer(normalizer).rows(dy).rows(dk).rows(dv), dims))
 }

@@ -3,7 +3,7 @@
 
 use super::call::{Argument, Call, Calls, Tensor};
 use super::partials;
-use super::source::real;
+use super::source::{common_vector, real};
 use crate::cpu::scan::{CHUNK, Dims};
 use crate::device::{DType, KernelError};
 
@@ -56,12 +56,15 @@ fn lanes(states: usize, most: usize) -> (usize, usize) {
     (split, states.div_ceil(split) * split)
 }
 
-fn call(entry: &'static str, dims: Dims, inputs: &Inputs, split: usize) -> Result<Call, KernelError> {
+/// `wide` are tensors of the channels besides the inputs.
+fn call(entry: &'static str, dims: Dims, inputs: &Inputs, split: usize, wide: &[Tensor]) -> Result<Call, KernelError> {
     if dims.state > MAX_STATES {
         let message = format!("CUDA scans take up to {MAX_STATES} states for each channel, found {}", dims.state);
         return Err(KernelError(message));
     }
+    let wide: Vec<Tensor> = [inputs.u, inputs.step].iter().chain(&inputs.gate).chain(wide).copied().collect();
     Ok(real(Call::file("scan", entry), inputs.u)
+        .define("VECTOR", common_vector(&wide, 4.min(CHUNK / split)))
         .define("STATE", dims.state)
         .define("LONGHORN", u8::from(inputs.a_log.is_none()))
         .define("GATED", u8::from(inputs.gate.is_some()))
@@ -93,8 +96,9 @@ pub fn forward(
     y: Tensor,
     boundaries: Option<Tensor>,
 ) -> Result<(), KernelError> {
-    let (split, states) = lanes(dims.state, 2);
-    let call = call("scan_forward", dims, inputs, split)?.shared(prepared(states));
+    // exponentials keep more lanes busy
+    let (split, states) = lanes(dims.state, if inputs.a_log.is_some() { 4 } else { 2 });
+    let call = call("scan_forward", dims, inputs, split, &[y])?.shared(prepared(states));
     c.launch(call.rows(y).pointer_or_null(boundaries).arg(dims.time as i32))
 }
 
@@ -117,8 +121,10 @@ pub fn backward(
     let skips = c.scratch(dims.batch, dims.channels, DType::F32);
     let rates = c.scratch(dims.batch, dims.channels * dims.state, DType::F32);
     let pair_sums = 4 * CHUNK * (CHANNELS * split / 32) * 2 * states;
-    let shared = prepared(states) + 4 * 2 * CHUNK * CHANNELS + pair_sums + 4 * CHUNK * CHANNELS / 32;
-    let call = call("scan_backward", dims, inputs, split)?.shared(shared).pointer(boundaries).rows(dy);
+    let shared = prepared(states) + 4 * 2 * CHUNK * CHANNELS + pair_sums + 4 * 2 * CHUNK;
+    let wide: Vec<Tensor> = [dy, g.u, g.step].iter().chain(&g.gate).copied().collect();
+    let call = call("scan_backward", dims, inputs, split, &wide)?.define("MIN_BLOCKS", if split <= 4 { 2 } else { 1 });
+    let call = call.shared(shared).pointer(boundaries).rows(dy);
     let call = call.rows(g.u).rows(g.step).rows_or_null(g.gate).pointer(pairs);
     let call = call.arg(match g.skip {
         Some(_) => Argument::Pointer(skips),
