@@ -6,7 +6,8 @@
 // more than a sub-block is a difference. With P_i the sum of gates from the start of i's sub-block through i, R_j that behind
 // j to the end of its sub-block, and T those of whole sub-blocks, the decay from token j to a token i of a later sub-block is
 // exp(R_j + T's between + P_i), of which one part is multiplied into the key and one into the query. Within a sub-block it is
-// exp(P_i - P_j), element by element.
+// exp(P_i - P_j): where no channel forgets more than e^-40 of it, as the product of exp(P_i) and exp(-P_j), else element by
+// element.
 #include "common.cuh"
 #include "tile.cuh"
 
@@ -30,6 +31,8 @@ constexpr int KEYS = padded(KEY_DIM), VALUES = padded(VALUE_DIM);
 constexpr int LDK = pitch(KEY_DIM), LDV = pitch(VALUE_DIM);
 // f32 from one row of sums of gates to the next, and of a square of pairs of tokens.
 constexpr int LDG = KEYS + 4, LDS = SUB + 1;
+// Largest exponent of a decay that is undone.
+constexpr float MOST = 40.0f;
 
 struct Place {
   long long pair, first;
@@ -46,6 +49,7 @@ struct Shared {
   real *queries, *keys, *values, *state;  // tiles as they are, and the state before the chunk (or its gradient)
   real *scaled;                           // q exp(P) scale
   real *near;                             // for sub-block s: keys of earlier ones with their decay to its start
+  real *undone;                           // k exp(-P), where that is a number
   real *rest;
 };
 DEVICE Shared share(float* memory) {
@@ -57,7 +61,8 @@ DEVICE Shared share(float* memory) {
   s.keys = s.queries + TALL * LDK;
   s.scaled = s.keys + TALL * LDK;
   s.near = s.scaled + TALL * LDK;
-  s.values = s.near + 6 * SUB * LDK;
+  s.undone = s.near + 6 * SUB * LDK;
+  s.values = s.undone + TALL * LDK;
   s.state = s.values + TALL * LDV;
   s.rest = s.state + KEYS * LDV;
   return s;
@@ -104,11 +109,19 @@ DEVICE void load_chunk(const Shared& s, Rows<const real> q, Rows<const real> k, 
     store(s.scaled + t * LDK + d, to_float(s.queries[t * LDK + d]) * fast_exp(s.prefix[t * LDG + d]) * scale);
     float decay = s.suffix[t * LDG + d];
     const float key = to_float(s.keys[t * LDK + d]);
+    store(s.undone + t * LDK + d, key * fast_exp(fminf(-s.prefix[t * LDG + d], MOST)));
     for (int sub = t / SUB + 1; sub < SUBS; ++sub) {
       store(near_of(s, sub) + t * LDK + d, key * fast_exp(decay));
       decay += s.total[sub * LDG + d];
     }
   }
+}
+
+// Whether no channel of the warp's sub-block forgets so much that exp(-P) is too large.
+DEVICE bool mild(const Shared& s) {
+  bool all = true;
+  for (int d = tile_lane(); d < KEYS; d += 32) all = all && s.total[tile_warp() * LDG + d] > -MOST;
+  return __all_sync(0xffffffffu, all);
 }
 
 // The warp's rows of a state: 16 of every 64.
@@ -139,9 +152,18 @@ DEVICE void decay_state(const Shared& s, float (&state)[PARTS][VALUES / 8][4]) {
 }
 
 // Weights of pairs within the warp's sub-block: sum over d of q_i k_j exp(P_i - P_j), times scale, for j <= i.
-DEVICE void diagonal(const Shared& s, float scale, float (&a)[2][4]) {
+DEVICE void diagonal(const Shared& s, float scale, bool is_mild, float (&a)[2][4]) {
   const int first = tile_warp() * SUB;
   clear(a);
+  if (is_mild) {
+    multiply<SUB, KEYS, false, true>(a, s.scaled + first * LDK, LDK, s.undone + first * LDK, LDK);
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (tile_column(j, e) > tile_row(e)) a[j][e] = 0.0f;
+    return;
+  }
 #pragma unroll 2
   for (int d = 0; d < KEY_DIM; ++d) {
     float query[2], gate[2];
@@ -190,7 +212,7 @@ KERNEL __launch_bounds__(128) gla_forward(Rows<const real> q, Rows<const real> k
       if (sub < warp)
         multiply<SUB, KEYS, false, true>(part, s.scaled + row * LDK, LDK, near_of(s, warp) + sub * SUB * LDK, LDK);
       else if (sub == warp)
-        diagonal(s, scale, part);
+        diagonal(s, scale, mild(s), part);
     }
     __syncwarp();
     // the warp's queries with their decay from the start of the chunk
@@ -265,6 +287,7 @@ KERNEL __launch_bounds__(128) gla_backward(Rows<const real> q, Rows<const real> 
       const float decay = fast_exp(s.suffix[t * LDG + d] + between(s, t / SUB + 1, SUBS, d));
       store(decayed + t * LDK + d, to_float(s.keys[t * LDK + d]) * decay);
     }
+    const bool is_mild = mild(s);
     // what gates at tokens up to a query's (from a key's on, minus) receive
     float later[KEYS / 8][4];
     {
@@ -282,14 +305,16 @@ KERNEL __launch_bounds__(128) gla_backward(Rows<const real> q, Rows<const real> 
           multiply_registers<KEYS, SUB, false>(inner, part, near_of(s, warp) + sub * SUB * LDK, LDK);
         } else if (sub == warp) {
           float a[2][4];
-          diagonal(s, scale, a);
+          diagonal(s, scale, is_mild, a);
 #pragma unroll
           for (int j = 0; j < 2; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
               weights[tile_row(e) * LDS + tile_column(j, e)] = a[j][e];
               cross[tile_row(e) * LDS + tile_column(j, e)] = part[j][e];
+              if (tile_column(j, e) >= tile_row(e)) part[j][e] = 0.0f;
             }
+          if (is_mild) multiply_registers<KEYS, SUB, false>(inner, part, s.undone + row * LDK, LDK);
         }
       }
       __syncwarp();
@@ -300,7 +325,7 @@ KERNEL __launch_bounds__(128) gla_backward(Rows<const real> q, Rows<const real> 
           const int i = tile_row(e), d = tile_column(j, e);
           const float gate = s.prefix[(row + i) * LDG + d], decay = fast_exp(gate) * scale;
           float x = out[j][e] * decay * fast_exp(between(s, 0, warp, d)) + inner[j][e] * decay;
-          for (int key = 0; key < i; ++key) {
+          for (int key = 0; key < i && !is_mild; ++key) {
             const float other = to_float(s.keys[(row + key) * LDK + d]) * fast_exp(gate - s.prefix[(row + key) * LDG + d]);
             x += cross[i * LDS + key] * other * scale;
           }
@@ -326,6 +351,8 @@ KERNEL __launch_bounds__(128) gla_backward(Rows<const real> q, Rows<const real> 
       multiply<VALUES, KEYS, false, false>(values, decayed + row * LDK, LDK, s.state, LDV);
       multiply<TALL, VALUES, false, true>(da, s.values + row * LDV, LDV, dys, LDV);
       clear(out);
+      float close[KEYS / 8][4];
+      clear(close);
 #pragma unroll
       for (int sub = 0; sub < SUBS; ++sub) {
         float(&part)[2][4] = reinterpret_cast<float(&)[2][4]>(a[2 * sub]);
@@ -347,7 +374,11 @@ KERNEL __launch_bounds__(128) gla_backward(Rows<const real> q, Rows<const real> 
 #pragma unroll
           for (int j = 0; j < 2; ++j)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) part[j][e] = weights[tile_column(j, e) * LDS + tile_row(e)];
+            for (int e = 0; e < 4; ++e) {
+              part[j][e] = weights[tile_column(j, e) * LDS + tile_row(e)];
+              if (tile_column(j, e) <= tile_row(e)) dpart[j][e] = 0.0f;
+            }
+          if (is_mild) multiply_registers<KEYS, SUB, false>(close, dpart, s.scaled + row * LDK, LDK);
         }
       }
       multiply_registers<VALUES, TALL, false>(values, a, dys, LDV);
@@ -359,7 +390,8 @@ KERNEL __launch_bounds__(128) gla_backward(Rows<const real> q, Rows<const real> 
           const int key = tile_row(e), d = tile_column(j, e);
           const float gate = s.prefix[(row + key) * LDG + d], to_end = s.suffix[(row + key) * LDG + d];
           float x = out[j][e] * fast_exp(to_end);
-          for (int i = key + 1; i < SUB; ++i) {
+          if (is_mild) x += close[j][e] * fast_exp(-gate);
+          for (int i = key + 1; i < SUB && !is_mild; ++i) {
             const float other = to_float(s.queries[(row + i) * LDK + d]) * fast_exp(s.prefix[(row + i) * LDG + d] - gate);
             x += cross[i * LDS + key] * other * scale;
           }

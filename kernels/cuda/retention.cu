@@ -191,12 +191,12 @@ KERNEL __launch_bounds__(128, 2) retention_backward_keys(Rows<const real> q, Row
 
 // Copies values so that each head has VALUE_STEP columns, zeros at the end: rows of an odd number of columns cannot be
 // loaded in vectors.
-KERNEL pad_values(Rows<const real> x, real* to, int heads) {
-  const long long n = (long long)x.rows * heads * VALUE_STEP;
-  for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < n; i += (long long)gridDim.x * blockDim.x) {
-    const int c = (int)(i % VALUE_STEP), h = (int)(i / VALUE_STEP % heads);
-    real v = {};
-    if (c < VALUE_DIM) v = x.row(i / VALUE_STEP / heads)[h * VALUE_DIM + c];
-    to[i] = v;
-  }
+KERNEL pad_values(Rows<const real> x, Rows<real> to) {
+  for (long long r = blockIdx.x; r < x.rows; r += gridDim.x)
+    for (int i = 2 * threadIdx.x; i < to.cols; i += 2 * blockDim.x) {
+      const int c = i % VALUE_STEP;
+      const real* from = x.row(r) + i / VALUE_STEP * VALUE_DIM + c;
+      const float pair[2] = {c < VALUE_DIM ? to_float(from[0]) : 0.0f, c + 1 < VALUE_DIM ? to_float(from[1]) : 0.0f};
+      store_vector<2>(to.row(r) + i, pair);
+    }
 }

@@ -36,7 +36,7 @@ fn shared(dims: Dims, dtype: DType) -> (usize, usize) {
     let keys = dims.key_dim.next_multiple_of(16);
     let (ldk, ldv) = (pitch(dims.key_dim, dtype), pitch(dims.value_dim, dtype));
     let sums = 4 * (2 * TALL + TALL / SUB) * (keys + 4);
-    let tiles = (3 * TALL + 6 * SUB) * ldk + (TALL + keys) * ldv;
+    let tiles = (4 * TALL + 6 * SUB) * ldk + (TALL + keys) * ldv;
     let squares = 4 * (TALL / SUB * 2 * SUB * (SUB + 1) + keys);
     (sums + tiles * dtype.size(), TALL * (ldk + ldv) * dtype.size() + squares)
 }

@@ -2,7 +2,6 @@
 //! [`cpu::retention`](crate::cpu::retention).
 
 use super::call::{Call, Calls, Tensor};
-use super::layout::blocks_for;
 use super::source::{head_vector, pitch, real};
 use crate::cpu::retention::Dims;
 use crate::device::KernelError;
@@ -20,8 +19,7 @@ fn loaded(c: &mut Calls<'_>, dims: Dims, values: Tensor) -> Result<Tensor, Kerne
     }
     let to = c.scratch(values.rows, dims.heads * step, values.dtype);
     let call = real(Call::file("retention", "pad_values"), values).define("VALUE_DIM", dims.value_dim);
-    let call = call.define("VALUE_STEP", step).grid(blocks_for(to.len())).rows(values).pointer(to);
-    c.launch(call.arg(dims.heads as i32))?;
+    c.launch(call.define("VALUE_STEP", step).grid(values.rows.min(4096)).rows(values).rows(to))?;
     Ok(to)
 }
 

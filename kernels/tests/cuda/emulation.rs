@@ -126,10 +126,29 @@ fn module(call: &Call) -> &'static Module {
     })
 }
 
+/// An activation as the kernels see it in bf16 mode: its bf16 elements, with the gaps between its rows.
+struct Shadow {
+    tensor: Tensor,
+    bits: Vec<u16>,
+}
+
+/// The nearest bf16, ties to even.
+fn to_bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    if x.is_nan() { 0x7fff } else { ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16 }
+}
+
+fn from_bf16(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
+
 /// Device memory: tensors, each in an allocation of its own, so that a sanitizer sees their bounds.
 pub struct Memory {
     order: u32,
+    /// Whether activations are bf16 to the kernels: what they take as `Rows<real>`.
+    bf16: bool,
     blocks: RefCell<Vec<Vec<u64>>>,
+    shadows: RefCell<Vec<Shadow>>,
 }
 
 /// Offsets of different tensors are so far apart.
@@ -138,7 +157,40 @@ const APART: usize = 1 << 32;
 impl Memory {
     /// No tensors; kernels run in this thread order.
     pub fn new(order: u32) -> Self {
-        Self { order, blocks: RefCell::default() }
+        Self { order, bf16: false, blocks: RefCell::default(), shadows: RefCell::default() }
+    }
+
+    /// As [`new`](Self::new), for kernels of bf16 activations. The tests' numbers stay f32 and are rounded on the way.
+    pub fn bf16(order: u32) -> Self {
+        Self { bf16: true, ..Self::new(order) }
+    }
+
+    /// The error that a test with this tolerance in f32 may have.
+    pub fn tolerance(&self, f32: f32) -> f32 {
+        if self.bf16 { 2e-2 } else { f32 }
+    }
+
+    /// The address of a tensor's bf16 form.
+    fn shadow(&self, t: Tensor) -> usize {
+        let mut shadows = self.shadows.borrow_mut();
+        let found = shadows.iter().position(|s| s.tensor == t);
+        let at = found.unwrap_or_else(|| {
+            let from = self.address(&t).cast::<f32>();
+            let len = if t.is_empty() { 0 } else { (t.rows - 1) * t.stride + t.cols };
+            // SAFETY: the elements of the tensor and the gaps between its rows.
+            let bits = (0..len).map(|i| to_bf16(unsafe { *from.add(i) })).collect();
+            shadows.push(Shadow { tensor: t, bits });
+            shadows.len() - 1
+        });
+        shadows[at].bits.as_ptr() as usize
+    }
+
+    /// Writes what kernels left in bf16 forms to the tensors.
+    fn end_shadows(&self) {
+        for Shadow { tensor, bits } in self.shadows.borrow_mut().drain(..) {
+            let element = |i: usize| from_bf16(bits[i / tensor.cols * tensor.stride + i % tensor.cols]);
+            self.write(tensor, &(0..tensor.len()).map(element).collect::<Vec<_>>());
+        }
     }
 
     fn allocate(&self, bytes: usize) -> usize {
@@ -241,7 +293,8 @@ impl Memory {
         match argument {
             Argument::Rows(t) => {
                 let sizes = [t.rows, t.cols].map(|n| (n as i32).to_ne_bytes());
-                [&pointer(t)[..], &sizes[0], &sizes[1], &(t.stride as i64).to_ne_bytes()].concat()
+                let data = if self.bf16 { self.shadow(self.placed(t, scratch)).to_ne_bytes() } else { pointer(t) };
+                [&data[..], &sizes[0], &sizes[1], &(t.stride as i64).to_ne_bytes()].concat()
             }
             Argument::Pointer(t) => pointer(t).to_vec(),
             Argument::Null => vec![0; 8],
@@ -270,6 +323,11 @@ impl Memory {
     }
 
     fn call(&self, call: &Call, scratch: usize) -> Result<(), KernelError> {
+        let mut call = call.clone();
+        if self.bf16 {
+            call.defines.iter_mut().filter(|d| d.0 == "REAL").for_each(|d| d.1 = "bf16".into());
+        }
+        let call = &call;
         let mut fault = Box::new([0i32; 4]);
         let mut storage: Vec<Vec<u64>> = Vec::new();
         let mut sizes = Vec::new();
@@ -301,7 +359,9 @@ impl Memory {
             let error = library.get::<Error>(b"emu_error").unwrap()();
             (code, CStr::from_ptr(error).to_string_lossy().into_owned())
         };
+        drop(library);
         assert_eq!(code, 0, "`{}`: {message}", call.entry);
+        self.end_shadows();
         match call.refusal {
             Some(refusal) if fault[0] != 0 => Err(KernelError(refusal(*fault))),
             _ => Ok(()),

@@ -16,6 +16,14 @@ mod traps;
 
 use emulation::{Memory, ORDERS, available, sanitized};
 
+/// As [`in_all_orders`], and once with bf16 activations.
+fn in_both_formats(test: impl Fn(&Memory)) {
+    in_all_orders(&test);
+    if available() {
+        test(&Memory::bf16(ORDERS[3]));
+    }
+}
+
 /// Runs `test` in every thread order, if there is an emulation.
 fn in_all_orders(test: impl Fn(&Memory)) {
     if !available() {

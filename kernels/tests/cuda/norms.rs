@@ -3,7 +3,7 @@ use dataflow_kernels::cuda::{cross_entropy, norm};
 
 use crate::emulation::Memory;
 use crate::golden::{Case, assert_close, cases};
-use crate::in_all_orders;
+use crate::{in_all_orders, in_both_formats};
 
 fn check_norm(memory: &Memory, case: &Case, kind: Kind, groups: usize, strided: bool) {
     let x = case.get("in/x");
@@ -17,33 +17,37 @@ fn check_norm(memory: &Memory, case: &Case, kind: Kind, groups: usize, strided: 
     let (input, y, dx) = (place(&x.data), output(), output());
     let statistics = memory.output(rows, norm.stats_per_row());
     memory.run(|c| norm::forward(c, norm, input, None, weight, bias, y, statistics));
-    assert_close("y", &memory.read(y), case.data("out/y"), 1e-5);
+    assert_close("y", &memory.read(y), case.data("out/y"), memory.tolerance(1e-5));
 
     // the same of a sum
     let part: Vec<f32> = x.data.iter().enumerate().map(|(i, x)| x * ((i * 7 % 5) as f32 / 4.0 - 0.5)).collect();
     let rest: Vec<f32> = x.data.iter().zip(&part).map(|(x, p)| x - p).collect();
     let (part, rest, h) = (place(&part), place(&rest), output());
     memory.run(|c| norm::forward(c, norm, part, Some((rest, h)), weight, bias, y, statistics));
-    assert_close("y of a sum", &memory.read(y), case.data("out/y"), 1e-5);
-    assert_close("the sum", &memory.read(h), &x.data, 1e-6);
+    assert_close("y of a sum", &memory.read(y), case.data("out/y"), memory.tolerance(1e-5));
+    assert_close("the sum", &memory.read(h), &x.data, memory.tolerance(1e-6));
 
     let dy = place(case.data("cot/y"));
     let dweight = weight.map(|_| memory.output(1, cols));
     let dbias = bias.map(|_| memory.output(1, cols));
     memory.run(|c| norm::backward(c, norm, input, statistics, weight, dy, None, dx, dweight, dbias));
-    assert_close("dx", &memory.read(dx), case.data("grad/x"), 1e-5);
-    dweight.into_iter().for_each(|g| assert_close("dweight", &memory.read(g), case.data("grad/weight"), 1e-5));
-    dbias.into_iter().for_each(|g| assert_close("dbias", &memory.read(g), case.data("grad/bias"), 1e-5));
+    assert_close("dx", &memory.read(dx), case.data("grad/x"), memory.tolerance(1e-5));
+    dweight
+        .into_iter()
+        .for_each(|g| assert_close("dweight", &memory.read(g), case.data("grad/weight"), memory.tolerance(1e-5)));
+    dbias
+        .into_iter()
+        .for_each(|g| assert_close("dbias", &memory.read(g), case.data("grad/bias"), memory.tolerance(1e-5)));
 
     let passing = place(&x.data);
     memory.run(|c| norm::backward(c, norm, input, statistics, weight, dy, Some(passing), dx, dweight, dbias));
     let want: Vec<f32> = case.data("grad/x").iter().zip(&x.data).map(|(g, x)| g + x).collect();
-    assert_close("dx with a gradient that passes by", &memory.read(dx), &want, 1e-5);
+    assert_close("dx with a gradient that passes by", &memory.read(dx), &want, memory.tolerance(1e-5));
 }
 
 #[test]
 fn norms_match_the_golden_numbers() {
-    in_all_orders(|memory| {
+    in_both_formats(|memory| {
         for strided in [false, true] {
             for case in cases("rms_norm") {
                 check_norm(memory, &case, Kind::Rms, 1, strided);
@@ -61,7 +65,7 @@ fn norms_match_the_golden_numbers() {
 /// Widths that take several vectors of a thread, and several warps of a row.
 #[test]
 fn wide_norms_match_the_processor() {
-    in_all_orders(|memory| {
+    in_both_formats(|memory| {
         for (cols, groups, rows, kind) in
             [(300, 1, 5, Kind::Layer), (768, 12, 3, Kind::Rms), (1030, 1, 2, Kind::Layer), (2052, 1, 2, Kind::Rms)]
         {
@@ -87,10 +91,10 @@ fn wide_norms_match_the_processor() {
             let (gdw, gdb) = (memory.output(1, cols), memory.output(1, cols));
             memory.run(|c| norm::forward(c, norm, gx, None, Some(gw), None, gy, gs));
             memory.run(|c| norm::backward(c, norm, gx, gs, Some(gw), gdy, None, gdx, Some(gdw), Some(gdb)));
-            assert_close("y", &memory.read(gy), &y, 1e-5);
-            assert_close("dx", &memory.read(gdx), &dx, 1e-5);
-            assert_close("dweight", &memory.read(gdw), &dw, 1e-5);
-            assert_close("dbias", &memory.read(gdb), &db, 1e-5);
+            assert_close("y", &memory.read(gy), &y, memory.tolerance(1e-5));
+            assert_close("dx", &memory.read(gdx), &dx, memory.tolerance(1e-5));
+            assert_close("dweight", &memory.read(gdw), &dw, memory.tolerance(1e-5));
+            assert_close("dbias", &memory.read(gdb), &db, memory.tolerance(1e-5));
         }
     });
 }

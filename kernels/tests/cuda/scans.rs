@@ -3,7 +3,7 @@ use dataflow_kernels::cuda::scan::{self, Gradients, Inputs};
 
 use crate::emulation::Memory;
 use crate::golden::{Case, assert_close, cases};
-use crate::in_all_orders;
+use crate::in_both_formats;
 
 /// A tensor of a golden file, `(B, C, T)`, as `[B T, C]`.
 fn rows(case: &Case, name: &str) -> Vec<f32> {
@@ -42,7 +42,7 @@ fn check(memory: &Memory, case: &Case, names: &Names) {
     let y = memory.output_columns(dims.rows(), channels);
     let boundaries = memory.output(dims.boundaries_len() / channels, channels);
     memory.run(|c| scan::forward(c, dims, &inputs, y, Some(boundaries)));
-    assert_close("y", &memory.read(y), &rows(case, "out/y"), 1e-5);
+    assert_close("y", &memory.read(y), &rows(case, "out/y"), memory.tolerance(1e-5));
 
     let dy = columns(&rows(case, "cot/y"), channels);
     let wide = || memory.output_columns(dims.rows(), channels);
@@ -57,14 +57,14 @@ fn check(memory: &Memory, case: &Case, names: &Names) {
     };
     memory.run(|c| scan::backward(c, dims, &inputs, dy, boundaries, gradients));
     let grad = |n: &str| rows(case, &name("grad", n));
-    assert_close("du", &memory.read(gradients.u), &grad("u"), 1e-5);
-    assert_close("dstep", &memory.read(gradients.step), &grad(names.step), 1e-5);
-    assert_close("dkeys", &memory.read(gradients.keys), &grad(names.keys), 1e-5);
-    assert_close("dqueries", &memory.read(gradients.queries), &grad(names.queries), 1e-5);
-    assert_close("dz", &memory.read(gradients.gate.unwrap()), &grad("z"), 1e-5);
-    assert_close("dD", &memory.read(gradients.skip.unwrap()), case.data("grad/D"), 1e-5);
+    assert_close("du", &memory.read(gradients.u), &grad("u"), memory.tolerance(1e-5));
+    assert_close("dstep", &memory.read(gradients.step), &grad(names.step), memory.tolerance(1e-5));
+    assert_close("dkeys", &memory.read(gradients.keys), &grad(names.keys), memory.tolerance(1e-5));
+    assert_close("dqueries", &memory.read(gradients.queries), &grad(names.queries), memory.tolerance(1e-5));
+    assert_close("dz", &memory.read(gradients.gate.unwrap()), &grad("z"), memory.tolerance(1e-5));
+    assert_close("dD", &memory.read(gradients.skip.unwrap()), case.data("grad/D"), memory.tolerance(1e-5));
     if let Some(a_log) = gradients.a_log {
-        assert_close("dA_log", &memory.read(a_log), case.data("grad/A_log"), 1e-5);
+        assert_close("dA_log", &memory.read(a_log), case.data("grad/A_log"), memory.tolerance(1e-5));
     }
 
     // without the gate: the gradient of y then is the cotangent times silu(z)
@@ -73,23 +73,23 @@ fn check(memory: &Memory, case: &Case, names: &Names) {
     let z = rows(case, "in/z");
     let ungated = Inputs { gate: None, ..inputs };
     memory.run(|c| scan::forward(c, dims, &ungated, y, Some(boundaries)));
-    assert_close("y before the gate", &product(&memory.read(y), &z), &rows(case, "out/y"), 1e-5);
+    assert_close("y before the gate", &product(&memory.read(y), &z), &rows(case, "out/y"), memory.tolerance(1e-5));
     let dy = columns(&product(&rows(case, "cot/y"), &z), channels);
     let gradients = Gradients { gate: None, ..gradients };
     memory.run(|c| scan::backward(c, dims, &ungated, dy, boundaries, gradients));
-    assert_close("du without gate", &memory.read(gradients.u), &grad("u"), 1e-5);
-    assert_close("dstep without gate", &memory.read(gradients.step), &grad(names.step), 1e-5);
-    assert_close("dkeys without gate", &memory.read(gradients.keys), &grad(names.keys), 1e-5);
+    assert_close("du without gate", &memory.read(gradients.u), &grad("u"), memory.tolerance(1e-5));
+    assert_close("dstep without gate", &memory.read(gradients.step), &grad(names.step), memory.tolerance(1e-5));
+    assert_close("dkeys without gate", &memory.read(gradients.keys), &grad(names.keys), memory.tolerance(1e-5));
 }
 
 #[test]
 fn the_selective_scan_matches_the_golden_numbers() {
     let names = Names { step: "delta", bias: "delta_bias", keys: "B", queries: "C" };
-    in_all_orders(|memory| cases("selective_scan").iter().for_each(|case| check(memory, case, &names)));
+    in_both_formats(|memory| cases("selective_scan").iter().for_each(|case| check(memory, case, &names)));
 }
 
 #[test]
 fn the_longhorn_update_matches_the_golden_numbers() {
     let names = Names { step: "dt", bias: "t_bias", keys: "k", queries: "q" };
-    in_all_orders(|memory| cases("longhorn_scan").iter().for_each(|case| check(memory, case, &names)));
+    in_both_formats(|memory| cases("longhorn_scan").iter().for_each(|case| check(memory, case, &names)));
 }

@@ -6,7 +6,7 @@ use dataflow_kernels::cuda::{attention, retention};
 
 use crate::emulation::Memory;
 use crate::golden::{Case, assert_close, cases};
-use crate::in_all_orders;
+use crate::in_both_formats;
 
 /// A tensor of a golden file, `(B, H, T, D)`, as `[B T, H D]`.
 fn heads(case: &Case, name: &str) -> Vec<f32> {
@@ -24,7 +24,7 @@ fn result(memory: &Memory, strided: bool, rows: usize, cols: usize) -> Tensor {
 
 #[test]
 fn attention_matches_the_golden_numbers() {
-    in_all_orders(|memory| {
+    in_both_formats(|memory| {
         for (case, strided) in cases("causal_attention").iter().flat_map(|c| [(c, false), (c, true)]) {
             let [batch, head_count, time, head_dim] = case.get("in/q").shape[..] else { panic!("four dimensions") };
             let dims = cpu::attention::Dims { batch, time, heads: head_count, head_dim };
@@ -35,11 +35,11 @@ fn attention_matches_the_golden_numbers() {
             let (y, dq, dk, dv) = (output(), output(), output(), output());
             let lse = memory.output(batch * head_count, time);
             memory.run(|c| attention::forward(c, dims, q, k, v, None, y, lse));
-            assert_close("y", &memory.read(y), &heads(case, "out/y"), 1e-5);
+            assert_close("y", &memory.read(y), &heads(case, "out/y"), memory.tolerance(1e-5));
             memory.run(|c| attention::backward(c, dims, q, k, v, None, y, lse, dy, dq, dk, dv));
-            assert_close("dq", &memory.read(dq), &heads(case, "grad/q"), 1e-5);
-            assert_close("dk", &memory.read(dk), &heads(case, "grad/k"), 1e-5);
-            assert_close("dv", &memory.read(dv), &heads(case, "grad/v"), 1e-5);
+            assert_close("dq", &memory.read(dq), &heads(case, "grad/q"), memory.tolerance(1e-5));
+            assert_close("dk", &memory.read(dk), &heads(case, "grad/k"), memory.tolerance(1e-5));
+            assert_close("dv", &memory.read(dv), &heads(case, "grad/v"), memory.tolerance(1e-5));
         }
     });
 }
@@ -54,7 +54,7 @@ fn numbers(n: usize, seed: usize) -> Vec<f32> {
 fn attention_over_several_blocks_matches_the_processor() {
     use dataflow_kernels::random::Keep;
     use dataflow_kernels::{Rows, RowsMut};
-    in_all_orders(|memory| {
+    in_both_formats(|memory| {
         for (time, head_dim, p) in [(130, 20, 0.0), (70, 68, 0.3)] {
             let dims = cpu::attention::Dims { batch: 1, time, heads: 2, head_dim };
             let cols = 2 * head_dim;
@@ -77,18 +77,18 @@ fn attention_over_several_blocks_matches_the_processor() {
             let [gy, gdq, gdk, gdv] = std::array::from_fn(|_| memory.output(time, cols));
             let lse = memory.output(2, time);
             memory.run(|c| attention::forward(c, dims, q, k, v, dropout, gy, lse));
-            assert_close("y", &memory.read(gy), &y, 1e-5);
+            assert_close("y", &memory.read(gy), &y, memory.tolerance(1e-5));
             memory.run(|c| attention::backward(c, dims, q, k, v, dropout, gy, lse, dy, gdq, gdk, gdv));
-            assert_close("dq", &memory.read(gdq), &dq, 1e-5);
-            assert_close("dk", &memory.read(gdk), &dk, 1e-5);
-            assert_close("dv", &memory.read(gdv), &dv, 1e-5);
+            assert_close("dq", &memory.read(gdq), &dq, memory.tolerance(1e-5));
+            assert_close("dk", &memory.read(gdk), &dk, memory.tolerance(1e-5));
+            assert_close("dv", &memory.read(gdv), &dv, memory.tolerance(1e-5));
         }
     });
 }
 
 #[test]
 fn retention_matches_the_golden_numbers() {
-    in_all_orders(|memory| {
+    in_both_formats(|memory| {
         for (case, strided) in cases("retention").iter().flat_map(|c| [(c, false), (c, true)]) {
             let [batch, head_count, time, key_dim] = case.get("in/q").shape[..] else { panic!("four dimensions") };
             let value_dim = case.get("in/v").shape[3];
@@ -101,11 +101,11 @@ fn retention_matches_the_golden_numbers() {
             let [y, dv] = std::array::from_fn(|_| result(memory, strided, rows, values));
             let normalizer = memory.output(batch * head_count, time);
             memory.run(|c| retention::forward(c, dims, q, k, v, y, normalizer));
-            assert_close("y", &memory.read(y), &heads(case, "out/y"), 1e-5);
+            assert_close("y", &memory.read(y), &heads(case, "out/y"), memory.tolerance(1e-5));
             memory.run(|c| retention::backward(c, dims, q, k, v, normalizer, dy, dq, dk, dv));
-            assert_close("dq", &memory.read(dq), &heads(case, "grad/q"), 1e-5);
-            assert_close("dk", &memory.read(dk), &heads(case, "grad/k"), 1e-5);
-            assert_close("dv", &memory.read(dv), &heads(case, "grad/v"), 1e-5);
+            assert_close("dq", &memory.read(dq), &heads(case, "grad/q"), memory.tolerance(1e-5));
+            assert_close("dk", &memory.read(dk), &heads(case, "grad/k"), memory.tolerance(1e-5));
+            assert_close("dv", &memory.read(dv), &heads(case, "grad/v"), memory.tolerance(1e-5));
         }
     });
 }
@@ -114,7 +114,7 @@ fn retention_matches_the_golden_numbers() {
 #[test]
 fn retention_over_several_blocks_matches_the_processor() {
     use dataflow_kernels::{Rows, RowsMut};
-    in_all_orders(|memory| {
+    in_both_formats(|memory| {
         let dims = cpu::retention::Dims { batch: 1, time: 140, heads: 2, key_dim: 12, value_dim: 115 };
         let (time, keys, values) = (dims.time, 2 * dims.key_dim, 2 * dims.value_dim);
         let [q, k] = [0, 1].map(|i| numbers(time * keys, i));
@@ -135,11 +135,11 @@ fn retention_over_several_blocks_matches_the_processor() {
         let [gy, gdv] = std::array::from_fn(|_| memory.output(time, values));
         let n = memory.output(2, time);
         memory.run(|c| retention::forward(c, dims, q, k, v, gy, n));
-        assert_close("y", &memory.read(gy), &y, 1e-5);
-        assert_close("normalizer", &memory.read(n), &normalizer, 1e-5);
+        assert_close("y", &memory.read(gy), &y, memory.tolerance(1e-5));
+        assert_close("normalizer", &memory.read(n), &normalizer, memory.tolerance(1e-5));
         memory.run(|c| retention::backward(c, dims, q, k, v, n, dy, gdq, gdk, gdv));
-        assert_close("dq", &memory.read(gdq), &dq, 1e-5);
-        assert_close("dk", &memory.read(gdk), &dk, 1e-5);
-        assert_close("dv", &memory.read(gdv), &dv, 1e-5);
+        assert_close("dq", &memory.read(gdq), &dq, memory.tolerance(1e-5));
+        assert_close("dk", &memory.read(gdk), &dk, memory.tolerance(1e-5));
+        assert_close("dv", &memory.read(gdv), &dv, memory.tolerance(1e-5));
     });
 }

@@ -8,7 +8,7 @@ use dataflow_kernels::{Rows, RowsMut};
 
 use crate::emulation::Memory;
 use crate::golden::{Case, assert_close, cases};
-use crate::in_all_orders;
+use crate::in_both_formats;
 
 /// A tensor of a golden file, `(B, H, T, D)`, as `[B T, H D]`.
 fn heads(case: &Case, name: &str) -> Vec<f32> {
@@ -32,7 +32,7 @@ fn kept(memory: &Memory, dims: Dims) -> Tensor {
 
 #[test]
 fn wkv_matches_the_golden_numbers() {
-    in_all_orders(|memory| {
+    in_both_formats(|memory| {
         for (case, strided) in cases("wkv_x051a").iter().flat_map(|c| [(c, false), (c, true)]) {
             let [batch, count, time, size] = case.get("in/r").shape[..] else { panic!("four dimensions") };
             let dims = Dims { batch, time, heads: count, key_dim: size, value_dim: size };
@@ -47,14 +47,14 @@ fn wkv_matches_the_golden_numbers() {
             let (y, kept, dr, dk, dv) = (output(), kept(memory, dims), output(), output(), output());
             let [d_decay, d_bonus] = std::array::from_fn(|_| memory.output(count, 1));
             memory.run(|c| linear_attention::forward(c, dims, decay, r, k, v, y, kept));
-            assert_close("y", &memory.read(y), &heads(case, "out/y"), 1e-5);
+            assert_close("y", &memory.read(y), &heads(case, "out/y"), memory.tolerance(1e-5));
             let parameters = Some((d_decay, d_bonus));
             memory.run(|c| linear_attention::backward(c, dims, decay, r, k, v, kept, dy, dr, dk, dv, parameters));
-            assert_close("dr", &memory.read(dr), &heads(case, "grad/r"), 1e-5);
-            assert_close("dk", &memory.read(dk), &heads(case, "grad/k"), 1e-5);
-            assert_close("dv", &memory.read(dv), &heads(case, "grad/v"), 1e-5);
-            assert_close("d time_decay", &memory.read(d_decay), case.data("grad/time_decay"), 1e-5);
-            assert_close("d time_faaaa", &memory.read(d_bonus), case.data("grad/time_faaaa"), 1e-5);
+            assert_close("dr", &memory.read(dr), &heads(case, "grad/r"), memory.tolerance(1e-5));
+            assert_close("dk", &memory.read(dk), &heads(case, "grad/k"), memory.tolerance(1e-5));
+            assert_close("dv", &memory.read(dv), &heads(case, "grad/v"), memory.tolerance(1e-5));
+            assert_close("d time_decay", &memory.read(d_decay), case.data("grad/time_decay"), memory.tolerance(1e-5));
+            assert_close("d time_faaaa", &memory.read(d_bonus), case.data("grad/time_faaaa"), memory.tolerance(1e-5));
         }
     });
 }
@@ -62,7 +62,7 @@ fn wkv_matches_the_golden_numbers() {
 /// Heads of more than 64 channels, and of different ones.
 #[test]
 fn retention_in_linear_time_matches_the_processor() {
-    in_all_orders(|memory| {
+    in_both_formats(|memory| {
         for (time, key_dim, value_dim) in [(130, 12, 35), (70, 72, 8)] {
             let dims = Dims { batch: 1, time, heads: 2, key_dim, value_dim };
             let (keys, values) = (2 * key_dim, 2 * value_dim);
@@ -84,19 +84,19 @@ fn retention_in_linear_time_matches_the_processor() {
             let [gdq, gdk] = std::array::from_fn(|_| memory.output(time, keys));
             let kept = memory.output(1, states.len());
             memory.run(|c| linear_attention::forward(c, dims, Decay::Retention, q, k, v, gy, kept));
-            assert_close("y", &memory.read(gy), &y, 1e-5);
+            assert_close("y", &memory.read(gy), &y, memory.tolerance(1e-5));
             let decay = Decay::Retention;
             memory.run(|c| linear_attention::backward(c, dims, decay, q, k, v, kept, dy, gdq, gdk, gdv, None));
-            assert_close("dq", &memory.read(gdq), &dq, 1e-5);
-            assert_close("dk", &memory.read(gdk), &dk, 1e-5);
-            assert_close("dv", &memory.read(gdv), &dv, 1e-5);
+            assert_close("dq", &memory.read(gdq), &dq, memory.tolerance(1e-5));
+            assert_close("dk", &memory.read(gdk), &dk, memory.tolerance(1e-5));
+            assert_close("dv", &memory.read(gdv), &dv, memory.tolerance(1e-5));
         }
     });
 }
 
 #[test]
 fn gated_linear_attention_matches_the_golden_numbers() {
-    in_all_orders(|memory| {
+    in_both_formats(|memory| {
         for (case, strided) in cases("gla").iter().flat_map(|c| [(c, false), (c, true)]) {
             let [batch, count, time, key_dim] = case.get("in/q").shape[..] else { panic!("four dimensions") };
             let value_dim = case.get("in/v").shape[3];
@@ -108,12 +108,12 @@ fn gated_linear_attention_matches_the_golden_numbers() {
             let [dq, dk, dg] = std::array::from_fn(|_| memory.output_columns(batch * time, keys));
             let kept = kept(memory, dims);
             memory.run(|c| gla::forward(c, dims, None, q, k, v, g, y, kept));
-            assert_close("y", &memory.read(y), &heads(case, "out/y"), 1e-5);
+            assert_close("y", &memory.read(y), &heads(case, "out/y"), memory.tolerance(1e-5));
             memory.run(|c| gla::backward(c, dims, None, q, k, v, g, kept, dy, dq, dk, dv, dg));
-            assert_close("dq", &memory.read(dq), &heads(case, "grad/q"), 1e-5);
-            assert_close("dk", &memory.read(dk), &heads(case, "grad/k"), 1e-5);
-            assert_close("dv", &memory.read(dv), &heads(case, "grad/v"), 1e-5);
-            assert_close("dg", &memory.read(dg), &heads(case, "grad/log_gate"), 2e-5);
+            assert_close("dq", &memory.read(dq), &heads(case, "grad/q"), memory.tolerance(1e-5));
+            assert_close("dk", &memory.read(dk), &heads(case, "grad/k"), memory.tolerance(1e-5));
+            assert_close("dv", &memory.read(dv), &heads(case, "grad/v"), memory.tolerance(1e-5));
+            assert_close("dg", &memory.read(dg), &heads(case, "grad/log_gate"), memory.tolerance(2e-5));
         }
     });
 }
@@ -121,7 +121,7 @@ fn gated_linear_attention_matches_the_golden_numbers() {
 /// Several chunks, with gates from 0 to -20 per token side by side.
 #[test]
 fn gated_linear_attention_over_several_chunks_matches_the_processor() {
-    in_all_orders(|memory| {
+    in_both_formats(|memory| {
         let dims = Dims { batch: 1, time: 150, heads: 1, key_dim: 20, value_dim: 17 };
         let (time, keys, values) = (dims.time, dims.key_dim, dims.value_dim);
         let [q, k, g] = [0, 1, 2].map(|i| numbers(time * keys, i));
@@ -144,11 +144,11 @@ fn gated_linear_attention_over_several_chunks_matches_the_processor() {
         let [gdq, gdk, gdg] = std::array::from_fn(|_| memory.output(time, keys));
         let kept = kept(memory, dims);
         memory.run(|c| gla::forward(c, dims, None, q, k, v, g, gy, kept));
-        assert_close("y", &memory.read(gy), &y, 1e-5);
+        assert_close("y", &memory.read(gy), &y, memory.tolerance(1e-5));
         memory.run(|c| gla::backward(c, dims, None, q, k, v, g, kept, dy, gdq, gdk, gdv, gdg));
-        assert_close("dq", &memory.read(gdq), &dq, 1e-5);
-        assert_close("dk", &memory.read(gdk), &dk, 1e-5);
-        assert_close("dv", &memory.read(gdv), &dv, 1e-5);
-        assert_close("dg", &memory.read(gdg), &dg, 2e-5);
+        assert_close("dq", &memory.read(gdq), &dq, memory.tolerance(1e-5));
+        assert_close("dk", &memory.read(gdk), &dk, memory.tolerance(1e-5));
+        assert_close("dv", &memory.read(gdv), &dv, memory.tolerance(1e-5));
+        assert_close("dg", &memory.read(gdg), &dg, memory.tolerance(2e-5));
     });
 }

@@ -4,11 +4,11 @@ use dataflow_kernels::cuda::conv1d::{self, Conv};
 use dataflow_kernels::cuda::token_shift;
 
 use crate::golden::{assert_close, cases};
-use crate::in_all_orders;
+use crate::in_both_formats;
 
 #[test]
 fn the_convolution_matches_the_golden_numbers() {
-    in_all_orders(|memory| {
+    in_both_formats(|memory| {
         for (case, strided) in cases("causal_conv1d_silu").iter().flat_map(|c| [(c, false), (c, true)]) {
             let [batch, channels, time] = case.get("in/x").shape[..] else { panic!("three dimensions") };
             let rows = |name: &str| case.get(name).permute(&[0, 2, 1]).data;
@@ -22,11 +22,11 @@ fn the_convolution_matches_the_golden_numbers() {
             let [y, dx] = std::array::from_fn(|_| memory.output(batch * time, channels));
             let (dweight, dbias) = (memory.output(channels, taps), memory.output(1, channels));
             memory.run(|c| conv1d::forward(c, conv, x, time, y));
-            assert_close("y", &memory.read(y), &rows("out/y"), 1e-5);
+            assert_close("y", &memory.read(y), &rows("out/y"), memory.tolerance(1e-5));
             memory.run(|c| conv1d::backward(c, conv, x, time, dy, dx, dweight, Some(dbias)));
-            assert_close("dx", &memory.read(dx), &rows("grad/x"), 1e-5);
-            assert_close("dweight", &memory.read(dweight), case.data("grad/weight"), 1e-5);
-            assert_close("dbias", &memory.read(dbias), case.data("grad/bias"), 1e-5);
+            assert_close("dx", &memory.read(dx), &rows("grad/x"), memory.tolerance(1e-5));
+            assert_close("dweight", &memory.read(dweight), case.data("grad/weight"), memory.tolerance(1e-5));
+            assert_close("dbias", &memory.read(dbias), case.data("grad/bias"), memory.tolerance(1e-5));
         }
     });
 }
@@ -34,7 +34,7 @@ fn the_convolution_matches_the_golden_numbers() {
 /// Several runs of rows, other widths, no SiLU: against the definition.
 #[test]
 fn the_convolution_over_several_runs_is_its_definition() {
-    in_all_orders(|memory| {
+    in_both_formats(|memory| {
         for (taps, time, channels) in [(1, 70, 4), (3, 130, 4)] {
             let batch = 2;
             let number = |i: usize| (i * 37 % 101) as f32 / 50.0 - 1.0;
@@ -58,24 +58,24 @@ fn the_convolution_over_several_runs_is_its_definition() {
             let gdw = memory.output(channels, taps);
             memory.run(|c| conv1d::forward(c, conv, x, time, gy));
             memory.run(|c| conv1d::backward(c, conv, x, time, dy, gdx, gdw, None));
-            assert_close("y", &memory.read(gy), &y, 1e-5);
-            assert_close("dx", &memory.read(gdx), &dx, 1e-5);
-            assert_close("dweight", &memory.read(gdw), &dw, 1e-5);
+            assert_close("y", &memory.read(gy), &y, memory.tolerance(1e-5));
+            assert_close("dx", &memory.read(gdx), &dx, memory.tolerance(1e-5));
+            assert_close("dweight", &memory.read(gdw), &dw, memory.tolerance(1e-5));
         }
     });
 }
 
 #[test]
 fn the_shift_matches_the_golden_numbers() {
-    in_all_orders(|memory| {
+    in_both_formats(|memory| {
         for case in cases("token_shift") {
             let [batch, time, cols] = case.get("in/x").shape[..] else { panic!("three dimensions") };
             let (x, dy) = (memory.columns(case.data("in/x"), cols), memory.columns(case.data("cot/y"), cols));
             let [y, dx] = std::array::from_fn(|_| memory.output_columns(batch * time, cols));
             memory.run(|c| token_shift::forward(c, x, time, &[], &[y]));
-            assert_close("y", &memory.read(y), case.data("out/y"), 1e-6);
+            assert_close("y", &memory.read(y), case.data("out/y"), memory.tolerance(1e-6));
             memory.run(|c| token_shift::backward(c, dy, time, &[], &[dy], dx, &[]));
-            assert_close("dx", &memory.read(dx), case.data("grad/x"), 1e-6);
+            assert_close("dx", &memory.read(dx), case.data("grad/x"), memory.tolerance(1e-6));
         }
     });
 }
@@ -84,7 +84,7 @@ fn the_shift_matches_the_golden_numbers() {
 #[test]
 fn mixing_matches_the_processor() {
     use dataflow_kernels::{Rows, RowsMut, cpu};
-    in_all_orders(|memory| {
+    in_both_formats(|memory| {
         let (batch, time, cols, count) = (2, 67, 12, 3);
         let number = |i: usize| (i * 29 % 97) as f32 / 48.0 - 1.0;
         let x: Vec<f32> = (0..batch * time * cols).map(number).collect();
@@ -111,10 +111,10 @@ fn mixing_matches_the_processor() {
         let gdx = memory.output_columns(batch * time, cols);
         memory.run(|c| token_shift::forward(c, x, time, &mix, &y));
         memory.run(|c| token_shift::backward(c, x, time, &mix, &dy, gdx, &dmix));
-        assert_close("dx", &memory.read(gdx), &dx, 1e-5);
+        assert_close("dx", &memory.read(gdx), &dx, memory.tolerance(1e-5));
         for j in 0..count {
-            assert_close("y", &memory.read(y[j]), &ys[j], 1e-6);
-            assert_close("dmix", &memory.read(dmix[j]), &dmixes[j], 1e-5);
+            assert_close("y", &memory.read(y[j]), &ys[j], memory.tolerance(1e-6));
+            assert_close("dmix", &memory.read(dmix[j]), &dmixes[j], memory.tolerance(1e-5));
         }
     });
 }
