@@ -14,6 +14,7 @@ use dataflow_graph::world::{NodeId, ValueId, World};
 use ron::value::RawValue;
 use serde::Deserialize;
 
+use crate::data::TokenSplits;
 use crate::signals;
 use crate::stages::{Kind, Product, Run, RunFolderChoice, Stage, StageError};
 use crate::trainer::Summary;
@@ -174,6 +175,21 @@ impl Pipeline {
             StageError::Message(message) => Diagnostic::new(message).into(),
         })?;
         Ok(Some(summary))
+    }
+
+    /// The token files that the pipeline makes, if it makes some: starts what they need, and nothing else.
+    ///
+    /// # Errors
+    /// What the first failing stage says, with its row.
+    pub fn tokens(&mut self, run: &mut Run) -> Result<Option<TokenSplits>, Errors> {
+        let makes = |n: &NodeId| self.world.expect::<StageRef>(*n).0.output() == Kind::Tokens;
+        let Some(node) = self.world.nodes().into_iter().find(makes) else { return Ok(None) };
+        let name = self.name(node);
+        self.run(run, Some(&name))?;
+        match &*self.world.expect::<Made>(self.world.outputs(node)[0]).0 {
+            Product::Tokens(splits) => Ok(Some(splits.clone())),
+            _ => Ok(None),
+        }
     }
 
     fn ancestors(&self, node: NodeId) -> Vec<NodeId> {

@@ -174,7 +174,7 @@ pub fn write_parameters(session: &Session, parameters: &Tensors) -> Result<(), S
     }
     for p in planned {
         let numbers = parameters.get(&p.parameter.name).and_then(crate::checkpoint::Tensor::as_f32);
-        numbers.into_iter().for_each(|numbers| session.write(&p.port, numbers));
+        numbers.into_iter().for_each(|numbers| session.write_real(&p.port, numbers));
     }
     Ok(())
 }

@@ -9,6 +9,7 @@ mod damage;
 mod documents;
 mod faults;
 mod formats;
+mod generate;
 mod import;
 mod pytorch;
 mod resume;

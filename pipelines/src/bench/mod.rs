@@ -5,6 +5,7 @@
 //! on the device that runs the model.
 
 pub mod compare;
+pub mod decode;
 pub mod launches;
 pub mod roofline;
 pub mod step;

@@ -11,13 +11,16 @@ use dataflow_graph::registry::Registry;
 use serde_json::json;
 
 use super::model_args::ModelArgs;
+use super::sample::Weights;
 use super::{DeviceArgs, print, print_json};
 use crate::bench::compare::Earlier;
+use crate::bench::decode;
 use crate::bench::launches::{Measured, measure};
 use crate::bench::roofline::Roofline;
 use crate::bench::step::TrainingStep;
 use crate::bench::table::table;
 use crate::bench::{median, peak_resident_bytes};
+use crate::generate::pool::Setup;
 
 /// Steps before the first that counts.
 const WARMUP: usize = 2;
@@ -42,6 +45,12 @@ pub(super) struct Bench {
     /// Compare with an earlier result of `--json`
     #[arg(long, value_name = "FILE")]
     compare: Option<PathBuf>,
+    /// Time decoding instead: one more token for each of `--batch` sequences, behind `--block` others
+    #[arg(long)]
+    decode: bool,
+    /// The element type of the large parameters in decoding
+    #[arg(long, value_enum, default_value_t, requires = "decode")]
+    weights: Weights,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -49,6 +58,9 @@ pub(super) struct Bench {
 
 impl Bench {
     pub(super) fn run(self, registry: &Arc<Registry>) -> Result<(), Errors> {
+        if self.decode {
+            return self.decoding(registry);
+        }
         let earlier = self.compare.as_deref().map(Earlier::read).transpose()?;
         let device = self.device.open(&self.model.without)?;
         let start = Instant::now();
@@ -129,6 +141,56 @@ impl Bench {
         if let Some(bytes) = peak_rss {
             print(&format!("peak memory       {:.0} MB\n", bytes / 1e6));
         }
+        Ok(())
+    }
+
+    fn decoding(&self, registry: &Arc<Registry>) -> Result<(), Errors> {
+        let request = self.model.training(registry)?;
+        let device = self.device.open()?;
+        let (context, steps) = (self.model.block as usize, self.steps as usize);
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = self.device.threads.map_or(processors, usize::from);
+        let setup = Setup {
+            registry: registry.clone(),
+            device: device.clone(),
+            model: request.model,
+            scope: request.scope,
+            slots: self.model.batch as usize,
+            // the steps that do not count are fewer than these
+            capacity: context + steps + 16,
+            weights: self.weights.dtype(),
+        };
+        let measured = decode::measure(setup, context, steps, threads)?;
+        if self.json {
+            let mut json = serde_json::to_value(&measured).unwrap_or_default();
+            json["model"] = self.model.model.display().to_string().into();
+            json["batch"] = self.model.batch.into();
+            json["context"] = context.into();
+            json["steps"] = steps.into();
+            json["device"] = device.describe().into();
+            print_json(&json);
+            return Ok(());
+        }
+        let mb = |bytes: usize| bytes as f64 / 1e6;
+        print(&format!(
+            "device: {}\n\n\
+             step              {:.2} ms (median of {steps}; {:.2} to {:.2})\n\
+             tokens per second {:.1}, of {} sequences behind {context} tokens\n\
+             parameters        {:.1} MB, states {:.1} MB\n\
+             memory            {:.1} GB/s, so that no step takes less than {:.2} ms\n\
+             share of that     {:.1}%\n",
+            device.describe(),
+            measured.step_ms_median,
+            measured.step_ms_min,
+            measured.step_ms_max,
+            measured.tokens_per_s,
+            self.model.batch,
+            mb(measured.weight_bytes),
+            mb(measured.state_bytes),
+            measured.read_bytes_per_s / 1e9,
+            measured.bound_ms,
+            100.0 * measured.bound_fraction,
+        ));
         Ok(())
     }
 }

@@ -2,11 +2,14 @@
 
 mod bench;
 mod check;
+mod eval;
 mod import;
 mod model_args;
 mod ops;
 mod plan;
 mod run;
+mod sample;
+mod serve;
 mod verify;
 
 use std::collections::BTreeMap;
@@ -45,6 +48,12 @@ enum Command {
     Plan(plan::Plan),
     /// Time training steps on random tokens: the slowest launches and their distance from the roofline
     Bench(bench::Bench),
+    /// Generate text with a trained model, token by token
+    Sample(sample::Sample),
+    /// Loss and perplexity of a trained model, also at contexts longer than in training
+    Eval(eval::Eval),
+    /// Answer OpenAI's completion requests with a trained model
+    Serve(serve::Serve),
     /// Compare golden files (ops, gradients, training trajectories) with this program
     Verify(verify::Verify),
 }
@@ -134,6 +143,9 @@ pub fn run(registry: &Arc<Registry>, arguments: impl IntoIterator<Item = OsStrin
         Command::Ops(ops) => ops.run(registry),
         Command::Plan(plan) => plan.run(registry),
         Command::Bench(bench) => bench.run(registry),
+        Command::Sample(sample) => sample.run(registry),
+        Command::Eval(eval) => eval.run(registry),
+        Command::Serve(serve) => serve.run(registry),
         Command::Verify(verify) => verify.run(registry),
     };
     match done {

@@ -4,8 +4,10 @@
 //! * [`pool`]: programs that continue sequences, whose states lie in the slots of one pool.
 //! * [`sampling`]: from logits to a token.
 //! * [`stops`]: text that ends a completion.
+//! * [`open`]: all of it from a run folder.
 //! * [`vocabulary`]: from text to tokens and back, as tokens come.
 
+pub mod open;
 pub mod pool;
 pub mod sampling;
 pub mod stops;
