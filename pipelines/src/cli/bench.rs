@@ -146,7 +146,7 @@ impl Bench {
 
     fn decoding(&self, registry: &Arc<Registry>) -> Result<(), Errors> {
         let request = self.model.training(registry)?;
-        let device = self.device.open()?;
+        let device = self.device.open(&[])?;
         let (context, steps) = (self.model.block as usize, self.steps as usize);
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = self.device.threads.map_or(processors, usize::from);

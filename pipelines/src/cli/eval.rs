@@ -71,7 +71,7 @@ fn parse_block(text: &str) -> Result<Block, String> {
 impl Eval {
     pub(super) fn run(self, registry: &Arc<Registry>) -> Result<(), Errors> {
         let saved = open::saved(&self.run)?;
-        let device = self.device.open()?;
+        let device = self.device.open(&[])?;
         let trained = open::block(&saved);
         let blocks = self.blocks(trained)?;
         // the folder lives as long as the token file that is made in it

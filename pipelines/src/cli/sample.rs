@@ -110,7 +110,7 @@ impl Sample {
         let (shown, prompt) = self.prompt(vocabulary.as_ref())?;
         let capacity = prompt.len() + self.tokens as usize;
         let sizes = open::Sizes { slots: self.samples.into(), capacity, weights: self.weights.dtype() };
-        let mut pool = open::pool(&saved, registry, self.device.open()?, &sizes)?;
+        let mut pool = open::pool(&saved, registry, self.device.open(&[])?, &sizes)?;
         // the last token is not taken in
         if let Some(limit) = pool.limit().filter(|limit| *limit + 1 < capacity) {
             let message = format!("the model has {limit} learned positions");

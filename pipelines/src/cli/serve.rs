@@ -61,7 +61,7 @@ impl Serve {
         let vocabulary = open::vocabulary(&saved);
         let context = self.context.map(|t| t as usize).or_else(|| open::block(&saved)).unwrap_or(1024);
         let sizes = open::Sizes { slots: self.slots.into(), capacity: context, weights: self.weights.dtype() };
-        let device = self.device.open()?;
+        let device = self.device.open(&[])?;
         let described = device.describe();
         let pool = open::pool(&saved, registry, device, &sizes)?;
         let own = self.run.file_stem().map_or("dataflow".into(), |n| n.to_string_lossy().into_owned());
