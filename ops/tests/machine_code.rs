@@ -1,5 +1,5 @@
 //! Every CUDA kernel that training the six models launches compiles to machine code for Ampere and Hopper, without a
-//! spill. Needs NVRTC and no GPU: on the library path, or below `CUDA_HOME`; skipped with a message where it is not.
+//! spill that is not listed here with its reason. Needs NVRTC and no GPU: on the library path, or below `CUDA_HOME`; skipped with a message where it is not.
 
 mod common;
 
@@ -12,8 +12,14 @@ use dataflow_kernels::cuda::source;
 use dataflow_kernels::cuda::units::{Units, describe};
 use dataflow_kernels::device::Target;
 
-/// Kernels that may spill: file, kernel, and why.
-const SPILLS: &[(&str, &str, &str)] = &[];
+/// Kernels that may spill: file, kernel, the most bytes for each thread, and why.
+const SPILLS: &[(&str, &str, usize, &str)] = &[
+    ("scan.cu", "scan_backward", 192, "two blocks a multiprocessor are worth more than the registers of a few sums"),
+    ("attention.cu", "attention_backward_queries", 160, "f32 on Ampere: tiles of 64 by 64 sums and their factors"),
+    ("gla.cu", "gla_backward", 640, "f32 on Ampere: three gradients of a chunk are summed at once"),
+    ("retention.cu", "retention_forward", 32, "f32 values of 115 columns, padded to 128: one row of sums too many"),
+    ("linear_attention.cu", "decay_backward", 576, "f32: sums of three gradients and of the state are held at once"),
+];
 
 /// What training a model compiles, at the sizes of the published 120M models.
 fn units_of(name: &str, set: &[(&str, i64)], batch: usize, block: usize) -> Vec<Unit> {
@@ -23,9 +29,12 @@ fn units_of(name: &str, set: &[(&str, i64)], batch: usize, block: usize) -> Vec<
     Units::of(&described.launches).unwrap_or_else(|e| panic!("{name}: {e}")).units
 }
 
+/// A unit by name, definitions and text: models share many.
+type Key = (String, Vec<(&'static str, String)>, String);
+
 #[test]
 fn every_kernel_compiles_for_ampere_and_hopper_without_spills() {
-    let mut units: BTreeMap<(String, Vec<(&str, String)>, String), Unit> = BTreeMap::new();
+    let mut units: BTreeMap<Key, Unit> = BTreeMap::new();
     let mut add = |unit: Unit| {
         units.insert((unit.name.clone(), unit.defines.clone(), unit.text.clone()), unit);
     };
@@ -55,7 +64,8 @@ fn every_kernel_compiles_for_ampere_and_hopper_without_spills() {
             let kernels = usage(&compiled.log);
             assert!(!kernels.is_empty(), "{}: the compiler lists no kernels:\n{}", unit.name, compiled.log);
             for k in kernels {
-                let excused = SPILLS.iter().any(|s| (s.0, s.1) == (unit.name.as_str(), k.kernel.as_str()));
+                let excused =
+                    SPILLS.iter().any(|s| (s.0, s.1) == (unit.name.as_str(), k.kernel.as_str()) && k.spilled <= s.2);
                 if k.spilled > 0 && !excused {
                     spilled
                         .push(format!("{} {:?} {} for {arch}: {} bytes", unit.name, unit.defines, k.kernel, k.spilled));
