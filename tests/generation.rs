@@ -7,7 +7,7 @@ use std::sync::Arc;
 use dataflow::App;
 use dataflow::generate::pool::{Next, Pool, Setup};
 use dataflow::graph::compile::{Request, compile};
-use dataflow::graph::components::Options;
+use dataflow::graph::components::{Options, Target};
 use dataflow::graph::format::formula::Number;
 use dataflow::graph::format::model::ModelFile;
 use dataflow::graph::session::Session;
@@ -37,8 +37,15 @@ impl Model {
     /// The logits of the parallel form, `[tokens, classes]`.
     fn parallel(&self, tokens: &[u32]) -> Vec<f32> {
         let Setup { registry, device, model, scope, .. } = &self.setup;
-        let options =
-            Options { batch: 1, block: tokens.len(), micro_batches: 1, seed: 0, training: false, recurrent: None };
+        let options = Options {
+            batch: 1,
+            block: tokens.len(),
+            micro_batches: 1,
+            seed: 0,
+            training: false,
+            recurrent: None,
+            target: Target::Cpu,
+        };
         let request = Request {
             registry: registry.clone(),
             model: model.clone(),

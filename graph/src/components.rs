@@ -5,6 +5,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
+pub use dataflow_kernels::device::Target;
+
 use crate::diagnostic::Span;
 use crate::op::{Op, Parameter};
 use crate::optimizer::Optimizer;
@@ -74,6 +76,8 @@ pub struct Options {
     pub training: bool,
     /// For generation: every op that looks back continues a state. See [`Recurrence`].
     pub recurrent: Option<Recurrence>,
+    /// The kind of device that it is for.
+    pub target: Target,
 }
 
 /// Resource: the most bytes that activations and gradients may take.

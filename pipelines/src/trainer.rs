@@ -407,6 +407,7 @@ impl Setup {
                 seed: self.seed,
                 training,
                 recurrent: None,
+                target: self.device.target(),
             },
             objectives: objective.list(training),
             optimizer: training.then(|| self.optimized.optimizer(self.steps)),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use dataflow_graph::compile::{Compiled, Request, compile_in};
-use dataflow_graph::components::{Options, Precision};
+use dataflow_graph::components::{Options, Precision, Target};
 use dataflow_graph::diagnostic::Errors;
 use dataflow_graph::format::formula::Number;
 use dataflow_graph::format::model::ModelFile;
@@ -59,7 +59,15 @@ pub fn training_in(
         registry: Arc::new(registry),
         model,
         scope,
-        options: Options { batch, block, micro_batches: 1, seed: 1, training: true, recurrent: None },
+        options: Options {
+            batch,
+            block,
+            micro_batches: 1,
+            seed: 1,
+            training: true,
+            recurrent: None,
+            target: Target::Cpu,
+        },
         objectives: vec![("loss".into(), loss)],
         optimizer: Some(Arc::new(AdamW {
             schedule: Schedule::Constant(1e-2),

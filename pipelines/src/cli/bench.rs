@@ -64,7 +64,7 @@ impl Bench {
         let earlier = self.compare.as_deref().map(Earlier::read).transpose()?;
         let device = self.device.open(&self.model.without)?;
         let start = Instant::now();
-        let request = self.model.training(registry)?;
+        let request = self.model.training(registry, device.target())?;
         // every model file of ours has the name; two tokens exist in any other too
         let vocab = request.scope.evaluate("vocab").map_or(2, |v| v.real() as usize);
         let mut step = TrainingStep::prepare(&request, self.precision, device.clone(), vocab)?;
@@ -145,8 +145,8 @@ impl Bench {
     }
 
     fn decoding(&self, registry: &Arc<Registry>) -> Result<(), Errors> {
-        let request = self.model.training(registry)?;
         let device = self.device.open(&[])?;
+        let request = self.model.training(registry, device.target())?;
         let (context, steps) = (self.model.block as usize, self.steps as usize);
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = self.device.threads.map_or(processors, usize::from);

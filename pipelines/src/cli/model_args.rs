@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use dataflow_graph::compile::Request;
-use dataflow_graph::components::Options;
+use dataflow_graph::components::{Options, Target};
 use dataflow_graph::diagnostic::Errors;
 use dataflow_graph::format::formula::Number;
 use dataflow_graph::format::model::ModelFile;
@@ -38,7 +38,7 @@ pub(super) struct ModelArgs {
 
 impl ModelArgs {
     /// A training step: cross-entropy, clipping to norm 1, AdamW.
-    pub(super) fn training(&self, registry: &Arc<Registry>) -> Result<Request, Errors> {
+    pub(super) fn training(&self, registry: &Arc<Registry>, target: Target) -> Result<Request, Errors> {
         let model = Arc::new(ModelFile::read(&self.model)?);
         let mut config = config_settings(&self.set)?;
         config.entry("block".into()).or_insert(Number::Int(self.block.into()));
@@ -56,6 +56,7 @@ impl ModelArgs {
                 seed: 0,
                 training: true,
                 recurrent: None,
+                target,
             },
             objectives: vec![("loss".into(), Arc::new(CrossEntropy {}))],
             optimizer: Some(Arc::new(adamw)),

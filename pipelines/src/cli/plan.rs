@@ -6,7 +6,7 @@ use std::time::Instant;
 use clap::Args;
 use dataflow_graph::builtin::Elementwise;
 use dataflow_graph::compile::{Compiled, Request, compile};
-use dataflow_graph::components::OpRef;
+use dataflow_graph::components::{OpRef, Target};
 use dataflow_graph::diagnostic::Errors;
 use dataflow_graph::plan::PlannedLaunch;
 use dataflow_graph::registry::Registry;
@@ -28,7 +28,7 @@ pub(super) struct Plan {
 
 impl Plan {
     pub(super) fn run(self, registry: &Arc<Registry>) -> Result<(), Errors> {
-        let request = self.model.training(registry)?;
+        let request = self.model.training(registry, Target::Cpu)?;
         let start = Instant::now();
         let Compiled { plan, world } = compile(&request)?;
         let seconds = start.elapsed().as_secs_f64();

@@ -138,7 +138,10 @@ impl<'a> Golden<'a> {
         optimizer: Option<Arc<dyn Optimizer>>,
     ) -> Result<Compiled, Problem> {
         let training = optimizer.is_some();
-        self.compile_with(Options { batch, block, micro_batches, seed: 0, training, recurrent: None }, optimizer)
+        self.compile_with(
+            Options { batch, block, micro_batches, seed: 0, training, recurrent: None, target: self.device.target() },
+            optimizer,
+        )
     }
 
     fn compile_with(&self, options: Options, optimizer: Option<Arc<dyn Optimizer>>) -> Result<Compiled, Problem> {
@@ -216,7 +219,15 @@ impl<'a> Golden<'a> {
     fn compare_steps(&self, tokens: &str, logits: &str, tolerance: f64, judge: &mut Judge) -> Result<(), Problem> {
         let ([batch, time], idx) = self.tokens(tokens)?;
         let recurrent = Some(Recurrence { slots: batch, capacity: time, logits: true, weights: DType::F32 });
-        let options = Options { batch, block: 1, micro_batches: 1, seed: 0, training: false, recurrent };
+        let options = Options {
+            batch,
+            block: 1,
+            micro_batches: 1,
+            seed: 0,
+            training: false,
+            recurrent,
+            target: self.device.target(),
+        };
         let mut session = self.session(&self.compile_with(options, None)?)?;
         session.write_input("slots", &(0..batch as i32).collect::<Vec<_>>());
         session.write_input("lengths", &vec![1; batch]);

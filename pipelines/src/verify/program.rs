@@ -7,7 +7,7 @@ use std::sync::Arc;
 use dataflow_graph::build::add_source;
 use dataflow_graph::builtin::{SumTo, sum};
 use dataflow_graph::compile::{Compiled, compile_world};
-use dataflow_graph::components::{Inputs, Name, OpRef, OptimizerRef, Options, Outputs, Phase, Role};
+use dataflow_graph::components::{Inputs, Name, OpRef, OptimizerRef, Options, Outputs, Phase, Role, Target};
 use dataflow_graph::diagnostic::Source;
 use dataflow_graph::format::formula::Number;
 use dataflow_graph::format::model::ModelFile;
@@ -108,7 +108,15 @@ impl Rows {
         world.set_resource(registry.clone());
         world.set_resource(model);
         world.set_resource(Scope::new(self.scope.clone()));
-        world.set_resource(Options { batch, block, micro_batches: 1, seed: 0, training: true, recurrent: None });
+        world.set_resource(Options {
+            batch,
+            block,
+            micro_batches: 1,
+            seed: 0,
+            training: true,
+            recurrent: None,
+            target: Target::Cpu,
+        });
         world.set_resource(OptimizerRef(optimizer));
         expand(&mut world)?;
         self.add_loss(&mut world)?;
