@@ -9,6 +9,7 @@ pub mod layout;
 pub mod prefetch;
 pub mod prepare;
 pub mod recall;
+pub mod sequential;
 mod streams;
 pub mod text;
 pub mod token_file;

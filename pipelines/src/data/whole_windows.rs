@@ -14,7 +14,6 @@ pub struct WholeWindows {
     batch: usize,
     block: usize,
     next: usize,
-    row: Vec<i32>,
 }
 
 impl WholeWindows {
@@ -22,7 +21,7 @@ impl WholeWindows {
     pub fn new(tokens: Arc<TokenFile>, split: Split, batch: usize, block: usize) -> Result<WholeWindows, BatchError> {
         check_shape(batch, block)?;
         check_length(block, split, &tokens)?;
-        Ok(WholeWindows { tokens, batch, block, next: 0, row: Vec::new() })
+        Ok(WholeWindows { tokens, batch, block, next: 0 })
     }
 
     /// How many windows there are.
@@ -46,7 +45,7 @@ impl WholeWindows {
         batch.step = (self.next / self.batch) as u64;
         let rows = self.batch.min(self.windows() - self.next);
         for row in 0..rows {
-            copy_window(&self.tokens, (self.next + row) * self.block, row, &mut self.row, batch)?;
+            copy_window(&self.tokens, (self.next + row) * self.block, row, batch)?;
         }
         batch.inputs[rows * self.block..].fill(0);
         batch.targets[rows * self.block..].fill(IGNORED);

@@ -27,7 +27,7 @@ impl Windows {
         for (split, file) in [(Split::Train, &splits.train), (Split::Validation, &splits.validation)] {
             check_length(self.block, split, file)?;
         }
-        Ok(WindowBatches { windows: self.clone(), splits, seed, row: Vec::new() })
+        Ok(WindowBatches { windows: self.clone(), splits, seed })
     }
 }
 
@@ -46,8 +46,6 @@ pub struct WindowBatches {
     windows: Windows,
     splits: TokenSplits,
     seed: u64,
-    /// The tokens of one window: one more than it has inputs.
-    row: Vec<i32>,
 }
 
 impl WindowBatches {
@@ -82,7 +80,7 @@ impl BatchSource for WindowBatches {
         let starts = file.len() - block;
         for row in 0..rows {
             let start = row_stream(self.seed, draw, row).below(starts);
-            copy_window(&file, start, row, &mut self.row, batch)?;
+            copy_window(&file, start, row, batch)?;
         }
         Ok(())
     }
@@ -97,19 +95,11 @@ impl BatchSource for WindowBatches {
     }
 }
 
-/// Makes one row of `batch` the window that starts at token `start`.
-pub(crate) fn copy_window(
-    file: &TokenFile,
-    start: usize,
-    row: usize,
-    tokens: &mut Vec<i32>,
-    batch: &mut Batch,
-) -> Result<(), BatchError> {
+/// Makes one row of `batch` the window that starts at token `start`: read from the file to where the device takes it.
+pub(crate) fn copy_window(file: &TokenFile, start: usize, row: usize, batch: &mut Batch) -> Result<(), BatchError> {
     let block = batch.block;
-    tokens.resize(block + 1, 0);
-    file.read(start, tokens)?;
-    batch.inputs[row * block..][..block].copy_from_slice(&tokens[..block]);
-    batch.targets[row * block..][..block].copy_from_slice(&tokens[1..]);
+    file.read(start, &mut batch.inputs[row * block..][..block])?;
+    file.read(start + 1, &mut batch.targets[row * block..][..block])?;
     Ok(())
 }
 
@@ -175,9 +165,9 @@ mod tests {
         let mut source = source.unwrap();
         let mut batch = Batch::default();
         source.fill(Draw::training(0), &mut batch).unwrap();
-        let before = (batch.inputs.as_ptr(), batch.targets.as_ptr(), source.row.as_ptr());
+        let before = (batch.inputs.as_ptr(), batch.targets.as_ptr());
         source.fill(Draw::training(1), &mut batch).unwrap();
-        assert_eq!(before, (batch.inputs.as_ptr(), batch.targets.as_ptr(), source.row.as_ptr()));
+        assert_eq!(before, (batch.inputs.as_ptr(), batch.targets.as_ptr()));
     }
 
     #[test]

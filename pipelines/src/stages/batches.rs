@@ -1,4 +1,4 @@
-//! `Windows` and `Recall`: where batches come from.
+//! `Windows`, `Sequential` and `Recall`: where batches come from.
 
 use dataflow_graph::format::number::{Real, Size};
 use dataflow_graph::registry::{Info, Registry};
@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Kind, Product, Run, Stage, StageError, StageRegistry};
 use crate::data::recall::{self, Fillers};
-use crate::data::windows;
+use crate::data::{sequential, windows};
 
 /// Random windows of token files.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -26,6 +26,37 @@ impl Stage for Windows {
     fn start(&self, run: &mut Run, inputs: &[&Product]) -> Result<Product, StageError> {
         let [Product::Tokens(splits)] = inputs else { unreachable!("kinds are checked before stages start") };
         let windows = windows::Windows { batch: *self.batch, block: *self.block };
+        let source = windows.over(splits.clone(), run.seed).map_err(StageError::from_error)?;
+        Ok(Product::Batches(Box::new(source)))
+    }
+}
+
+/// The windows of token files in turn: each token once per epoch.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sequential {
+    batch: Size,
+    block: Size,
+    /// Whether each epoch has an order of its own; else all follow the file.
+    #[serde(default = "yes")]
+    shuffle: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Stage for Sequential {
+    fn inputs(&self) -> &'static [Kind] {
+        &[Kind::Tokens]
+    }
+    fn output(&self) -> Kind {
+        Kind::Batches
+    }
+    fn start(&self, run: &mut Run, inputs: &[&Product]) -> Result<Product, StageError> {
+        let [Product::Tokens(splits)] = inputs else { unreachable!("kinds are checked before stages start") };
+        let Sequential { batch, block, shuffle } = self;
+        let windows = sequential::Sequential { batch: **batch, block: **block, shuffle: *shuffle };
         let source = windows.over(splits.clone(), run.seed).map_err(StageError::from_error)?;
         Ok(Product::Batches(Box::new(source)))
     }
@@ -91,6 +122,14 @@ pub(super) fn register(registry: &mut Registry) {
         inputs: &["tokens"],
         formula: "",
         source: "nanoGPT, get_batch",
+        example: "(batch: 12, block: 64)",
+    });
+    registry.stage::<Sequential>(Info {
+        name: "Sequential",
+        about: "The windows of token files in turn, in an order of its own in every epoch: each token once per epoch.",
+        inputs: &["tokens"],
+        formula: "",
+        source: "",
         example: "(batch: 12, block: 64)",
     });
     registry.stage::<Recall>(Info {

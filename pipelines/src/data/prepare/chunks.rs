@@ -55,6 +55,8 @@ pub(super) struct Piece {
 impl Chunk {
     fn clear(&mut self) {
         self.bytes.clear();
+        // what one very long document needed is given back
+        self.bytes.shrink_to(2 * LARGE);
         self.pieces.clear();
         self.file_ends.clear();
         self.tokens.iter_mut().for_each(Vec::clear);
@@ -173,12 +175,11 @@ impl Sink for Chunker {
         if self.skip > 0 {
             return Ok(());
         }
-        self.chunk.bytes.extend_from_slice(bytes);
-        while self.cut && self.chunk.bytes.len() - self.start >= self.cut_at {
-            let before = self.cut_at;
-            self.cut()?;
-            if self.cut_at > before {
-                break;
+        // a long text comes in parts, so that no chunk grows with it
+        for part in bytes.chunks(CHUNK) {
+            self.chunk.bytes.extend_from_slice(part);
+            if self.cut && self.chunk.bytes.len() - self.start >= self.cut_at {
+                self.cut()?;
             }
         }
         Ok(())

@@ -163,6 +163,7 @@ impl Output {
             // a file system without locks has nobody to wait for
             Ok(()) | Err(TryLockError::Error(_)) => {}
         }
+        remove_leftovers(folder);
         let open = |name: &str| {
             let path = part(folder, name);
             let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path);
@@ -278,6 +279,20 @@ impl Output {
         remove(&self.folder.join(NOTE))?;
         remove(&self.folder.join(LOCK))?;
         Ok(())
+    }
+}
+
+/// Removes the temporary files of a run that was killed while it wrote a note or a sidecar.
+fn remove_leftovers(folder: &Path) {
+    let ours = |name: &str| {
+        let starts = ["..preparation.json.", ".train.json.", ".val.json.", ".tokenizer.json."];
+        name.ends_with(".tmp") && starts.iter().any(|start| name.starts_with(start))
+    };
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if ours(&entry.file_name().to_string_lossy()) {
+            // in nobody's way if it stays
+            let _ = fs::remove_file(entry.path());
+        }
     }
 }
 

@@ -291,6 +291,8 @@ fn goes_on_where_it_stopped() {
     assert!(!note.files.is_empty(), "the first file is not read again");
     assert!(note.counts.train.tokens > 0);
     fs::write(corpus.join("b.jsonl"), &whole).unwrap();
+    // a file that a killed run left
+    fs::write(out.join("..preparation.json.123-4.tmp"), "{").unwrap();
     prepare(&recipe, &out, folder.path(), 2).unwrap();
     assert_eq!(both(&out), both(&undisturbed));
     let sidecars =

@@ -1,0 +1,132 @@
+//! Each token of a token file once per epoch.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::batch::{Batch, BatchError, BatchSource, Draw, Purpose, Split, check_shape};
+use super::streams::epoch_permutation;
+use super::token_file::{TokenFile, TokenSplits};
+use super::whole_windows::WholeWindows;
+use super::windows::{WindowBatches, Windows, check_length, copy_window};
+
+/// `Sequential(batch: 64, block: 256)`: the file is cut into windows that do not overlap, and each is seen once before
+/// any is seen again, in an order of its own in every epoch. Evaluation draws windows at random, as [`Windows`] does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sequential {
+    /// How many windows are in a batch (B).
+    pub batch: usize,
+    /// How many tokens are in a window (T).
+    pub block: usize,
+    /// Whether each epoch has an order of its own; else all follow the file.
+    pub shuffle: bool,
+}
+
+impl Sequential {
+    /// The source of batches for a text. Both splits must be longer than a window.
+    pub fn over(&self, splits: TokenSplits, seed: u64) -> Result<SequentialBatches, BatchError> {
+        let Sequential { batch, block, shuffle } = *self;
+        check_shape(batch, block)?;
+        check_length(block, Split::Train, &splits.train)?;
+        let windows = Windows { batch, block }.over(splits.clone(), seed)?;
+        Ok(SequentialBatches { tokens: splits.train, windows, batch, block, shuffle, seed })
+    }
+}
+
+/// The windows of the training split, epoch after epoch.
+#[derive(Clone, Debug)]
+pub struct SequentialBatches {
+    tokens: Arc<TokenFile>,
+    /// For evaluation.
+    windows: WindowBatches,
+    batch: usize,
+    block: usize,
+    shuffle: bool,
+    seed: u64,
+}
+
+impl SequentialBatches {
+    /// The windows of an epoch: `(tokens - 1) / block`.
+    pub fn windows_per_epoch(&self) -> u64 {
+        ((self.tokens.len() - 1) / self.block) as u64
+    }
+}
+
+impl BatchSource for SequentialBatches {
+    fn shape(&self) -> (usize, usize) {
+        (self.batch, self.block)
+    }
+
+    fn vocabulary(&self) -> usize {
+        self.tokens.vocabulary()
+    }
+
+    fn fill(&mut self, draw: Draw, batch: &mut Batch) -> Result<(), BatchError> {
+        if (draw.split, draw.purpose) != (Split::Train, Purpose::Training) {
+            return self.windows.fill(draw, batch);
+        }
+        batch.resize(self.batch, self.block);
+        batch.step = draw.step;
+        let windows = self.windows_per_epoch();
+        for row in 0..self.batch {
+            // rows go through the windows of all epochs, one after the other
+            let number = draw.step * self.batch as u64 + row as u64;
+            let (epoch, place) = (number / windows, number % windows);
+            let window = if self.shuffle { epoch_permutation(self.seed, epoch, windows, place) } else { place };
+            copy_window(&self.tokens, window as usize * self.block, row, batch)?;
+        }
+        Ok(())
+    }
+
+    fn whole_windows(&self, split: Split) -> Result<Option<WholeWindows>, BatchError> {
+        self.windows.whole_windows(split)
+    }
+
+    fn duplicate(&self) -> Box<dyn BatchSource> {
+        Box::new(self.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::token_file::tests::token_file;
+
+    fn inputs(shuffle: bool, steps: std::ops::Range<u64>) -> Vec<i32> {
+        // 25 windows of 4 tokens, in batches of 3
+        let numbers: Vec<u16> = (0..102).collect();
+        let (_folder, file) = token_file(&numbers, 102);
+        let splits = TokenSplits { train: Arc::clone(&file), validation: file };
+        let mut source = Sequential { batch: 3, block: 4, shuffle }.over(splits, 1337).unwrap();
+        assert_eq!(source.windows_per_epoch(), 25);
+        let (mut batch, mut all) = (Batch::default(), Vec::new());
+        for step in steps {
+            source.fill(Draw::training(step), &mut batch).unwrap();
+            assert!(batch.inputs.iter().zip(&batch.targets).all(|(input, target)| input + 1 == *target));
+            all.extend_from_slice(&batch.inputs);
+        }
+        all
+    }
+
+    #[test]
+    fn each_token_once_per_epoch() {
+        // 25 steps of 3 windows are 3 epochs
+        let shuffled = inputs(true, 0..25);
+        let epochs: Vec<Vec<i32>> = shuffled.chunks(100).map(<[i32]>::to_vec).collect();
+        for epoch in &epochs {
+            let mut sorted = epoch.clone();
+            sorted.sort_unstable();
+            assert_eq!(sorted, (0..100).collect::<Vec<i32>>());
+        }
+        assert!(epochs[0] != epochs[1] && epochs[1] != epochs[2] && epochs[0] != epochs[2]);
+        let mut plain = inputs(false, 0..25);
+        assert_eq!(plain.split_off(200), (0..100).collect::<Vec<i32>>());
+        assert_eq!(plain.split_off(100), (0..100).collect::<Vec<i32>>());
+    }
+
+    #[test]
+    fn a_step_depends_on_no_other() {
+        assert_eq!(inputs(true, 0..25)[7 * 12..], inputs(true, 7..25));
+    }
+}
