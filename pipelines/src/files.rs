@@ -70,6 +70,16 @@ pub fn parent(path: &Path) -> &Path {
     }
 }
 
+/// Gives a file, which must be synced, another name in its folder, and makes the name itself durable.
+pub(crate) fn rename(from: &Path, to: &Path) -> Result<(), FileError> {
+    fs::rename(from, to).map_err(FileError::on("write", to))?;
+    // A rename lives in the folder, which has to reach the disk too. Systems that cannot sync a folder
+    // (Windows, some network file systems) say so; the file itself is safe by now.
+    #[cfg(unix)]
+    let _ = File::open(parent(to)).and_then(|folder| folder.sync_all());
+    Ok(())
+}
+
 /// A file under a temporary name, removed again unless it is renamed to its final one.
 pub(crate) struct Temporary {
     path: PathBuf,
@@ -102,12 +112,8 @@ impl Temporary {
 
     /// Gives the file, which must be synced, its final name, and makes the name itself durable.
     pub(crate) fn rename_to(mut self, path: &Path) -> Result<(), FileError> {
-        fs::rename(&self.path, path).map_err(FileError::on("write", path))?;
+        rename(&self.path, path)?;
         self.renamed = true;
-        // A rename lives in the folder, which has to reach the disk too. Systems that cannot sync a folder
-        // (Windows, some network file systems) say so; the file itself is safe by now.
-        #[cfg(unix)]
-        let _ = File::open(parent(path)).and_then(|folder| folder.sync_all());
         Ok(())
     }
 }

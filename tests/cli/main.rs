@@ -10,6 +10,8 @@ mod documents;
 mod faults;
 mod formats;
 mod generate;
+#[cfg(feature = "hub")]
+mod hub;
 mod import;
 mod pytorch;
 mod resume;

@@ -4,14 +4,15 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::batch::{Batch, BatchError, BatchSource, Draw, Purpose, Split, check_shape};
+use super::batch::{Batch, BatchError, BatchSource, Draw, IGNORED, Purpose, Split, check_shape};
 use super::streams::epoch_permutation;
-use super::token_file::{TokenFile, TokenSplits};
+use super::token_file::{TokenFile, TokenSplits, Tokenizer};
 use super::whole_windows::WholeWindows;
 use super::windows::{WindowBatches, Windows, check_length, copy_window};
 
 /// `Sequential(batch: 64, block: 256)`: the file is cut into windows that do not overlap, and each is seen once before
-/// any is seen again, in an order of its own in every epoch. Evaluation draws windows at random, as [`Windows`] does.
+/// any is seen again, in an order of its own in every epoch. So each token but the first is a target once per epoch; in the
+/// window at the end, positions that are left over have none. Evaluation draws windows at random, as [`Windows`] does.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sequential {
@@ -47,9 +48,9 @@ pub struct SequentialBatches {
 }
 
 impl SequentialBatches {
-    /// The windows of an epoch: `(tokens - 1) / block`.
+    /// The windows of an epoch: `(tokens - 1) / block`, and one more if tokens are left over.
     pub fn windows_per_epoch(&self) -> u64 {
-        ((self.tokens.len() - 1) / self.block) as u64
+        (self.tokens.len() - 1).div_ceil(self.block) as u64
     }
 }
 
@@ -60,6 +61,10 @@ impl BatchSource for SequentialBatches {
 
     fn vocabulary(&self) -> usize {
         self.tokens.vocabulary()
+    }
+
+    fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.windows.tokenizer()
     }
 
     fn fill(&mut self, draw: Draw, batch: &mut Batch) -> Result<(), BatchError> {
@@ -74,7 +79,8 @@ impl BatchSource for SequentialBatches {
             let number = draw.step * self.batch as u64 + row as u64;
             let (epoch, place) = (number / windows, number % windows);
             let window = if self.shuffle { epoch_permutation(self.seed, epoch, windows, place) } else { place };
-            copy_window(&self.tokens, window as usize * self.block, row, batch)?;
+            let start = window as usize * self.block;
+            copy_window(&self.tokens, start, self.block.min(self.tokens.len() - 1 - start), row, batch)?;
         }
         Ok(())
     }
@@ -93,40 +99,45 @@ mod tests {
     use super::*;
     use crate::data::token_file::tests::token_file;
 
-    fn inputs(shuffle: bool, steps: std::ops::Range<u64>) -> Vec<i32> {
-        // 25 windows of 4 tokens, in batches of 3
-        let numbers: Vec<u16> = (0..102).collect();
-        let (_folder, file) = token_file(&numbers, 102);
+    /// Batches of 3 windows of 4 tokens, of the tokens 0, 1, … below `tokens`: what was asked for, step by step.
+    fn targets(tokens: u16, shuffle: bool, steps: std::ops::Range<u64>) -> Vec<i32> {
+        let numbers: Vec<u16> = (0..tokens).collect();
+        let (_folder, file) = token_file(&numbers, tokens.into());
         let splits = TokenSplits { train: Arc::clone(&file), validation: file };
         let mut source = Sequential { batch: 3, block: 4, shuffle }.over(splits, 1337).unwrap();
-        assert_eq!(source.windows_per_epoch(), 25);
+        assert_eq!(source.windows_per_epoch(), (u64::from(tokens) - 1).div_ceil(4));
         let (mut batch, mut all) = (Batch::default(), Vec::new());
         for step in steps {
             source.fill(Draw::training(step), &mut batch).unwrap();
-            assert!(batch.inputs.iter().zip(&batch.targets).all(|(input, target)| input + 1 == *target));
-            all.extend_from_slice(&batch.inputs);
+            for (&input, &target) in batch.inputs.iter().zip(&batch.targets) {
+                assert!(target == input + 1 || (input, target) == (0, IGNORED));
+                all.extend((target != IGNORED).then_some(target));
+            }
         }
         all
     }
 
     #[test]
     fn each_token_once_per_epoch() {
-        // 25 steps of 3 windows are 3 epochs
-        let shuffled = inputs(true, 0..25);
-        let epochs: Vec<Vec<i32>> = shuffled.chunks(100).map(<[i32]>::to_vec).collect();
-        for epoch in &epochs {
-            let mut sorted = epoch.clone();
-            sorted.sort_unstable();
-            assert_eq!(sorted, (0..100).collect::<Vec<i32>>());
+        // of 101 tokens 25 steps of 3 windows are 3 epochs; of 102 and 103 it takes 26 steps, and a window has few tokens
+        for (tokens, steps) in [(101, 25), (102, 26), (103, 26)] {
+            let all: Vec<i32> = (1..tokens).collect();
+            let epochs: Vec<Vec<i32>> =
+                targets(tokens as u16, true, 0..steps).chunks(all.len()).map(<[i32]>::to_vec).collect();
+            for epoch in &epochs {
+                let mut sorted = epoch.clone();
+                sorted.sort_unstable();
+                assert_eq!(sorted, all);
+            }
+            assert_eq!(epochs.len(), 3);
+            assert!(epochs[0] != epochs[1] && epochs[1] != epochs[2] && epochs[0] != epochs[2]);
+            let plain = targets(tokens as u16, false, 0..steps);
+            assert!(plain.chunks(all.len()).all(|epoch| epoch == all));
         }
-        assert!(epochs[0] != epochs[1] && epochs[1] != epochs[2] && epochs[0] != epochs[2]);
-        let mut plain = inputs(false, 0..25);
-        assert_eq!(plain.split_off(200), (0..100).collect::<Vec<i32>>());
-        assert_eq!(plain.split_off(100), (0..100).collect::<Vec<i32>>());
     }
 
     #[test]
     fn a_step_depends_on_no_other() {
-        assert_eq!(inputs(true, 0..25)[7 * 12..], inputs(true, 7..25));
+        assert_eq!(targets(101, true, 0..25)[7 * 12..], targets(101, true, 7..25));
     }
 }

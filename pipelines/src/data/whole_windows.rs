@@ -45,7 +45,7 @@ impl WholeWindows {
         batch.step = (self.next / self.batch) as u64;
         let rows = self.batch.min(self.windows() - self.next);
         for row in 0..rows {
-            copy_window(&self.tokens, (self.next + row) * self.block, row, batch)?;
+            copy_window(&self.tokens, (self.next + row) * self.block, self.block, row, batch)?;
         }
         batch.inputs[rows * self.block..].fill(0);
         batch.targets[rows * self.block..].fill(IGNORED);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::batch::{Batch, BatchError, BatchSource, Draw, Split, check_shape};
+use super::batch::{Batch, BatchError, BatchSource, Draw, IGNORED, Split, check_shape};
 use super::streams::row_stream;
 use super::token_file::{TokenFile, TokenSplits, Tokenizer};
 use super::whole_windows::WholeWindows;
@@ -80,7 +80,7 @@ impl BatchSource for WindowBatches {
         let starts = file.len() - block;
         for row in 0..rows {
             let start = row_stream(self.seed, draw, row).below(starts);
-            copy_window(&file, start, row, batch)?;
+            copy_window(&file, start, block, row, batch)?;
         }
         Ok(())
     }
@@ -95,11 +95,21 @@ impl BatchSource for WindowBatches {
     }
 }
 
-/// Makes one row of `batch` the window that starts at token `start`: read from the file to where the device takes it.
-pub(crate) fn copy_window(file: &TokenFile, start: usize, row: usize, batch: &mut Batch) -> Result<(), BatchError> {
-    let block = batch.block;
-    file.read(start, &mut batch.inputs[row * block..][..block])?;
-    file.read(start + 1, &mut batch.targets[row * block..][..block])?;
+/// Makes one row of `batch` the window of `len` tokens that starts at token `start`, read from the file to where the device
+/// takes it. If `len` is less than the block, the rest has inputs 0 and no targets.
+pub(crate) fn copy_window(
+    file: &TokenFile,
+    start: usize,
+    len: usize,
+    row: usize,
+    batch: &mut Batch,
+) -> Result<(), BatchError> {
+    let row = row * batch.block..(row + 1) * batch.block;
+    let (inputs, targets) = (&mut batch.inputs[row.clone()], &mut batch.targets[row]);
+    file.read(start, &mut inputs[..len])?;
+    file.read(start + 1, &mut targets[..len])?;
+    inputs[len..].fill(0);
+    targets[len..].fill(IGNORED);
     Ok(())
 }
 

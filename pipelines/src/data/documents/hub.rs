@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use hf_hub::api::sync::{Api, ApiBuilder, ApiRepo};
-use hf_hub::{Repo, RepoType};
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 
 use super::super::download::DownloadError;
 use super::{DocumentError, SourceFile, described, hash_of, kind};
@@ -42,7 +42,7 @@ pub(super) fn files(source: &str, cache: &Path) -> Result<Vec<SourceFile>, Docum
     // HF_ENDPOINT names another server, HF_TOKEN or a login opens private datasets
     let api = ApiBuilder::from_env().with_cache_dir(cache.join("hub")).with_retries(3).with_progress(true).build();
     let api = api.map_err(|error| unreachable(source, &error))?;
-    files_of(source, &api)
+    files_of(source, &api, &cache.join("hub"))
 }
 
 fn unreachable(source: &str, error: &dyn std::fmt::Display) -> DocumentError {
@@ -50,9 +50,11 @@ fn unreachable(source: &str, error: &dyn std::fmt::Display) -> DocumentError {
     DownloadError::Unreachable { url: source.into(), reason }.into()
 }
 
-fn files_of(source: &str, api: &Api) -> Result<Vec<SourceFile>, DocumentError> {
+fn files_of(source: &str, api: &Api, cache: &Path) -> Result<Vec<SourceFile>, DocumentError> {
     let dataset = parse(source)?;
-    let repo = api.repo(Repo::with_revision(dataset.name.into(), RepoType::Dataset, dataset.revision.into()));
+    let repo = Repo::with_revision(dataset.name.into(), RepoType::Dataset, dataset.revision.into());
+    let blobs = &Cache::new(cache.into()).repo(repo.clone());
+    let repo = api.repo(repo);
     let info = repo.info().map_err(|error| unreachable(source, &error))?;
     let prefix = if dataset.folder.is_empty() { String::new() } else { format!("{}/", dataset.folder) };
     let mut names: Vec<String> = info.siblings.into_iter().map(|sibling| sibling.rfilename).collect();
@@ -67,7 +69,7 @@ fn files_of(source: &str, api: &Api) -> Result<Vec<SourceFile>, DocumentError> {
         return Err(DocumentError::NoFiles { path: PathBuf::from(source), others });
     }
     names.sort();
-    names.iter().map(|name| fetch(source, api, &repo, name)).collect()
+    names.iter().map(|name| fetch(source, api, &repo, name, blobs)).collect()
 }
 
 fn hidden(name: &str) -> bool {
@@ -76,9 +78,13 @@ fn hidden(name: &str) -> bool {
 
 /// A file of the repository, from the cache or the server. What the server stores as a large file it knows the SHA-256
 /// of, and that is checked once.
-fn fetch(source: &str, api: &Api, repo: &ApiRepo, name: &str) -> Result<SourceFile, DocumentError> {
+fn fetch(source: &str, api: &Api, repo: &ApiRepo, name: &str, blobs: &CacheRepo) -> Result<SourceFile, DocumentError> {
     let url = repo.url(name);
-    let path = repo.get(name).map_err(|error| unreachable(&url, &error))?;
+    let path = match repo.get(name) {
+        Err(_) if discard_whole_part(api, &url, blobs) => repo.get(name),
+        other => other,
+    };
+    let path = path.map_err(|error| unreachable(&url, &error))?;
     let mut file = described(&path, &format!("{}/{name}", source.trim_end_matches('/')))?;
     // the cache names a file after what the server says it is, and the path is a link to it
     let stored = std::fs::canonicalize(&path).unwrap_or_else(|_| path.clone());
@@ -103,6 +109,14 @@ fn fetch(source: &str, api: &Api, repo: &ApiRepo, name: &str) -> Result<SourceFi
     }
     file.sha256 = Some(expected);
     Ok(file)
+}
+
+/// Removes what an earlier run downloaded to the end and had no time to rename, for which servers have no rest to send.
+fn discard_whole_part(api: &Api, url: &str, blobs: &CacheRepo) -> bool {
+    let Ok(metadata) = api.metadata(url) else { return false };
+    let part = blobs.blob_path(metadata.etag()).with_extension("part");
+    let whole = std::fs::metadata(&part).is_ok_and(|part| part.len() >= metadata.size() as u64);
+    whole && std::fs::remove_file(part).is_ok()
 }
 
 fn is_sha256(name: &str) -> bool {
