@@ -95,6 +95,22 @@ fn killed_twenty_times_and_none_the_worse() {
     }
 }
 
+/// Which windows come next follows from the step, over the ends of epochs (15 steps each).
+#[test]
+fn sequential_batches_go_on() {
+    let folder = Folder::with_pipeline();
+    quick(&folder);
+    let text = edited(&folder.read("quick.ron"), "Windows(", "Sequential(");
+    folder.write("quick.ron", edited(&text, "steps: 400", "steps: 100"));
+    folder.succeeds(&["run", "quick.ron", "--out", "alone", "--threads", "1"]);
+    let mut started = folder.start(&["run", "quick.ron", "--out", "stopped", "--threads", "2"]);
+    started.wait_for(|| folder.rows("stopped") > 40);
+    started.signal("TERM");
+    assert_eq!(started.wait().code, Some(143));
+    folder.succeeds(&["run", "stopped", "--threads", "2"]);
+    same(&folder, "alone", "stopped");
+}
+
 #[test]
 fn an_interrupted_run_says_how_to_go_on_and_does() {
     let folder = Folder::with_pipeline();

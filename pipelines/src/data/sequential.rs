@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::batch::{Batch, BatchError, BatchSource, Draw, IGNORED, Purpose, Split, check_shape};
+use super::batch::{Batch, BatchError, BatchSource, Draw, Purpose, Split, check_shape};
 use super::streams::epoch_permutation;
 use super::token_file::{TokenFile, TokenSplits, Tokenizer};
 use super::whole_windows::WholeWindows;
@@ -97,6 +97,7 @@ impl BatchSource for SequentialBatches {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::batch::IGNORED;
     use crate::data::token_file::tests::token_file;
 
     /// Batches of 3 windows of 4 tokens, of the tokens 0, 1, … below `tokens`: what was asked for, step by step.

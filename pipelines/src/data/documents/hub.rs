@@ -69,7 +69,9 @@ fn files_of(source: &str, api: &Api, cache: &Path) -> Result<Vec<SourceFile>, Do
         return Err(DocumentError::NoFiles { path: PathBuf::from(source), others });
     }
     names.sort();
-    names.iter().map(|name| fetch(source, api, &repo, name, blobs)).collect()
+    let source = source.trim_end_matches('/');
+    let dataset = source.strip_suffix(dataset.folder).unwrap_or(source).trim_end_matches('/');
+    names.iter().map(|name| fetch(dataset, api, &repo, name, blobs)).collect()
 }
 
 fn hidden(name: &str) -> bool {
@@ -78,14 +80,14 @@ fn hidden(name: &str) -> bool {
 
 /// A file of the repository, from the cache or the server. What the server stores as a large file it knows the SHA-256
 /// of, and that is checked once.
-fn fetch(source: &str, api: &Api, repo: &ApiRepo, name: &str, blobs: &CacheRepo) -> Result<SourceFile, DocumentError> {
+fn fetch(dataset: &str, api: &Api, repo: &ApiRepo, name: &str, blobs: &CacheRepo) -> Result<SourceFile, DocumentError> {
     let url = repo.url(name);
     let path = match repo.get(name) {
         Err(_) if discard_whole_part(api, &url, blobs) => repo.get(name),
         other => other,
     };
     let path = path.map_err(|error| unreachable(&url, &error))?;
-    let mut file = described(&path, &format!("{}/{name}", source.trim_end_matches('/')))?;
+    let mut file = described(&path, &format!("{dataset}/{name}"))?;
     // the cache names a file after what the server says it is, and the path is a link to it
     let stored = std::fs::canonicalize(&path).unwrap_or_else(|_| path.clone());
     let expected = match stored.file_name().map(|name| name.to_string_lossy().into_owned()) {
