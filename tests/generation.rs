@@ -45,6 +45,7 @@ impl Model {
             training: false,
             recurrent: None,
             target: Target::Cpu,
+            packed: false,
         };
         let request = Request {
             registry: registry.clone(),

@@ -149,8 +149,16 @@ fn train(registry: &Arc<Registry>, device: &Arc<dyn Device>, text: &str, set: &[
     let scope = model.config(&set)?;
     let adamw =
         AdamW { schedule: Schedule::Constant(1e-3), betas: (0.9, 0.99), eps: 1e-8, decay: 0.1, clip: Some(1.0) };
-    let options =
-        Options { batch: 2, block: 8, micro_batches: 1, seed: 0, training: true, recurrent: None, target: Target::Cpu };
+    let options = Options {
+        batch: 2,
+        block: 8,
+        micro_batches: 1,
+        seed: 0,
+        training: true,
+        recurrent: None,
+        packed: false,
+        target: Target::Cpu,
+    };
     let compiled = compile(&Request {
         registry: registry.clone(),
         model,

@@ -78,6 +78,10 @@ pub struct Options {
     pub recurrent: Option<Recurrence>,
     /// The kind of device that it is for.
     pub target: Target,
+    /// Whether a row holds several documents, one behind the other, and ops that look back start anew at each. The program
+    /// has one more input, `positions`, `i32[batch, block]`: how many tokens of its document are before each token in its
+    /// row, 0 where a document starts.
+    pub packed: bool,
 }
 
 /// Resource: the most bytes that activations and gradients may take.

@@ -299,6 +299,16 @@ pub trait Op: Any + fmt::Debug + Send + Sync + 'static {
         Ok(None)
     }
 
+    /// The form for rows that hold several documents, at each of which the op starts anew, given the types of the data
+    /// inputs (see [`Options::packed`]). Its inputs are those of the op, parameters included, then `positions`; its first
+    /// outputs are those that a row names. `None` where no token depends on others.
+    ///
+    /// # Errors
+    /// What does not fit.
+    fn packed(&self, _inputs: &[TensorType]) -> Result<Option<Arc<dyn Op>>, OpError> {
+        Ok(None)
+    }
+
     /// Whether its work is in matrix products, whose factors may be rounded to `bf16` (see [`NodeView::precision`]).
     fn products(&self) -> bool {
         false

@@ -16,7 +16,8 @@ use dataflow_kernels::random::Keep;
 use serde::{Deserialize, Serialize};
 
 use crate::elementwise::{check_probability, site_of};
-use crate::recurrent::Continuation;
+use crate::packed::{One, Packing};
+use crate::recurrent::{Continuation, flat, flat_mut};
 use crate::sequence::{head_dim, same, sizes};
 
 /// `y_i = sum over j <= i of softmax_j(D^-1/2 q_i . k_j) v_j` in every head; q, k, v, y `[B, T, heads D]`. The
@@ -103,6 +104,28 @@ impl Op for CausalAttention {
             }
             attention::extend(heads, s.position, s.of(*q), keys.as_rows(), values.as_rows(), y);
         })))
+    }
+    fn packed(&self, inputs: &[TensorType]) -> Result<Option<Arc<dyn Op>>, OpError> {
+        let (dims, p, site) = (self.dims(&inputs[0])?, self.dropout.0 as f32, self.site);
+        let form = Packing {
+            op: Arc::new(self.clone()),
+            inputs,
+            activations: 3,
+            parameters: 0,
+            results: vec![inputs[0].clone()],
+            kept: Some(dims.heads),
+        };
+        let mask = move |one: &One| (p > 0.0).then(|| Keep::new(one.seed, one.draw, site, p));
+        Ok(Some(form.on_cpu(
+            move |one, [q, k, v], [y, mut lse]| {
+                let dims = Dims { batch: 1, time: one.len, ..dims };
+                attention::forward(dims, q, k, v, mask(&one), y, flat_mut(&mut lse));
+            },
+            move |one, [q, k, v], [y, lse], [dy, _], [dq, dk, dv]| {
+                let dims = Dims { batch: 1, time: one.len, ..dims };
+                attention::backward(dims, q, k, v, mask(&one), y, flat(&lse), dy, dq, dk, dv);
+            },
+        )))
     }
     fn strided(&self) -> bool {
         true

@@ -1,6 +1,7 @@
 //! Causal depthwise convolution over time.
 
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 use dataflow_graph::builtin::Elementwise;
 use dataflow_graph::components::Recurrence;
@@ -19,6 +20,7 @@ use dataflow_kernels::device::{Kernel, Target};
 use serde::{Deserialize, Serialize};
 
 use crate::elementwise::Activation;
+use crate::packed::Packing;
 use crate::recurrent::{Continuation, flat, flat_mut};
 use crate::sequence::sizes;
 
@@ -117,6 +119,28 @@ impl Op for CausalConv1d {
                 conv1d::forward(conv, s.of(*x), s.len, Some(Rows::contiguous(old, channels)), y, Some(window));
             });
         })))
+    }
+    fn packed(&self, inputs: &[TensorType]) -> Result<Option<Arc<dyn Op>>, OpError> {
+        let (bias, silu) = (*self.bias, self.activation == Activation::Silu);
+        let form = Packing {
+            op: Arc::new(self.clone()),
+            inputs,
+            activations: 1,
+            parameters: 1 + usize::from(bias),
+            results: vec![inputs[0].clone()],
+            kept: None,
+        };
+        Ok(Some(form.on_cpu(
+            move |one, [x, weight, b], [y]| {
+                let conv = Conv { weight: flat(&weight), bias: bias.then(|| flat(&b)), silu };
+                conv1d::forward(conv, x, one.len, None, y, None);
+            },
+            move |one, [x, weight, b], _, [dy], [dx, mut dweight, mut db]| {
+                let conv = Conv { weight: flat(&weight), bias: bias.then(|| flat(&b)), silu };
+                let (dweight, db) = (flat_mut(&mut dweight), bias.then(|| flat_mut(&mut db)));
+                conv1d::backward(conv, x, one.len, None, dy, dx, dweight, db);
+            },
+        )))
     }
     fn strided(&self) -> bool {
         true

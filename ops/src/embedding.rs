@@ -183,8 +183,49 @@ impl Op for PositionEmbedding {
             copy_rows(table.slice_rows(s.position, s.position + s.len), y);
         })))
     }
+    fn packed(&self, inputs: &[TensorType]) -> Result<Option<Arc<dyn Op>>, OpError> {
+        let mut shape = inputs[0].shape.clone();
+        shape.push(*self.dim);
+        Ok(Some(Arc::new(PackedPositions { rows: *self.rows, result: TensorType::f32(shape) })))
+    }
     fn strided(&self) -> bool {
         true
+    }
+}
+
+/// Learned positions that start anew at each document: (tokens, W, positions) to `W[positions]`.
+#[derive(Clone, Debug)]
+struct PackedPositions {
+    rows: usize,
+    result: TensorType,
+}
+
+impl Op for PackedPositions {
+    fn arity(&self) -> RangeInclusive<usize> {
+        3..=3
+    }
+    fn infer(&self, _: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        Ok(vec![self.result.clone()])
+    }
+    fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
+        let positions = g.input(2);
+        let Some(dy) = g.output_gradient(0) else { return Ok(()) };
+        let dw = g.emit(EmbeddingGradient { rows: self.rows, adding: false }, &[positions, dy])?[0];
+        g.set(1, dw)
+    }
+    fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        match target {
+            Target::Cuda => Ok(Kernel::cuda(|c| cuda::embedding::forward(c, c.input(2), c.input(1), c.output(0)))),
+            Target::Cpu => Ok(Kernel::cpu(|a| {
+                embedding::forward(a.slice(2), a.slice(1), a.rows_mut(0)).map_err(|e| KernelError(e.to_string()))
+            })),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        Cost { flops: 0.0, bytes: 2.0 * node.outputs[0].bytes() as f64 }
     }
 }
 

@@ -13,6 +13,7 @@ pub mod linear_attention;
 pub mod loss;
 pub mod norm;
 pub mod optimizer;
+mod packed;
 mod recurrent;
 pub mod rotary;
 pub mod scan;

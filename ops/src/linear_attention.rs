@@ -2,6 +2,7 @@
 //! attention. They train in chunked form; what is kept for the backward pass are states at chunk boundaries.
 
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 use dataflow_graph::components::Recurrence;
 use dataflow_graph::format::number::{Flag, Real, Size};
@@ -9,6 +10,7 @@ use dataflow_graph::gradient::Gradient;
 use dataflow_graph::op::{Cost, NodeView, Op, OpError, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
+use dataflow_kernels::RowsMut;
 use dataflow_kernels::cpu::threads::with_scratch;
 use dataflow_kernels::cpu::{gla, retention, wkv};
 use dataflow_kernels::cuda;
@@ -16,6 +18,7 @@ use dataflow_kernels::cuda::linear_attention::Decay;
 use dataflow_kernels::device::{Kernel, Target};
 use serde::{Deserialize, Serialize};
 
+use crate::packed::Packing;
 use crate::recurrent::{Continuation, flat, flat_mut};
 use crate::sequence::{head_dim, same, sizes};
 
@@ -40,6 +43,27 @@ fn continuing<'a>(
 ) -> Continuation<'a> {
     let states = vec![("state", TensorType::f32([recurrence.slots, heads, dk, dv]))];
     Continuation { op, recurrence, inputs, time, results: vec![result.clone()], states, limit: None, cache: false }
+}
+
+/// The packed form of an op whose first `activations` inputs are activations, and whose result is like `result`.
+fn packing<'a>(
+    op: impl Op,
+    inputs: &'a [TensorType],
+    activations: usize,
+    result: &TensorType,
+    kept: Option<usize>,
+) -> Packing<'a> {
+    Packing { op: Arc::new(op), inputs, activations, parameters: 0, results: vec![result.clone()], kept }
+}
+
+/// Runs the forward pass of a document again: `body` gets room for a result of `len` rows and `cols` columns, and for
+/// `states` numbers at the boundaries of chunks, which packed forms do not keep. How many there are depends on the
+/// lengths of the documents.
+fn again<R>(len: usize, cols: usize, states: usize, body: impl FnOnce(RowsMut<'_>, &mut [f32]) -> R) -> R {
+    with_scratch(len * cols + states, |scratch| {
+        let (y, states) = scratch.split_at_mut(len * cols);
+        body(RowsMut::new(y, len, cols, cols), states)
+    })
 }
 
 /// A tensor of `len` elements that the forward pass keeps for the backward pass.
@@ -129,6 +153,24 @@ impl Op for Wkv {
                 wkv::wkv_forward(y, r, k, v, decay, bonus, 1, Some(initial), Some(state), None);
             });
         })))
+    }
+    fn packed(&self, inputs: &[TensorType]) -> Result<Option<Arc<dyn Op>>, OpError> {
+        let (cols, heads) = (inputs[0].cols(), *self.heads);
+        let dim = head_dim(cols, heads)?;
+        let form = packing(self.clone(), inputs, 3, &inputs[0], None);
+        Ok(Some(form.on_cpu(
+            |_, [r, k, v, decay, bonus], [y]| {
+                wkv::wkv_forward(y, r, k, v, flat(&decay), flat(&bonus), 1, None, None, None);
+            },
+            move |one, [r, k, v, decay, bonus], _, [dy], [dr, dk, dv, mut d_decay, mut d_bonus]| {
+                let (decay, bonus) = (flat(&decay), flat(&bonus));
+                again(one.len, cols, wkv::wkv_boundaries_len(1, one.len, heads, dim), |y, kept| {
+                    wkv::wkv_forward(y, r, k, v, decay, bonus, 1, None, None, Some(kept));
+                    let (d_decay, d_bonus) = (flat_mut(&mut d_decay), flat_mut(&mut d_bonus));
+                    wkv::wkv_backward(dr, dk, dv, d_decay, d_bonus, dy, r, k, v, decay, bonus, 1, kept);
+                });
+            },
+        )))
     }
     fn strided(&self) -> bool {
         true
@@ -293,6 +335,38 @@ impl Op for Retention {
             retention::extend(dims, s.position, s.of(*q), s.of(*k), s.of(*v), flat_mut(&mut state), y);
         })))
     }
+    fn packed(&self, inputs: &[TensorType]) -> Result<Option<Arc<dyn Op>>, OpError> {
+        let dims = self.dims(&inputs[0], &inputs[2])?;
+        let of = move |len| retention::Dims { batch: 1, time: len, ..dims };
+        let cols = inputs[2].cols();
+        let kept = (self.form == Form::Exact).then_some(dims.heads);
+        let form = packing(self.clone(), inputs, 3, &inputs[2], kept);
+        Ok(Some(match self.form {
+            Form::Exact => form.on_cpu(
+                move |one, [q, k, v], [y, mut kept]| {
+                    retention::parallel_forward(of(one.len), q, k, v, y, flat_mut(&mut kept));
+                },
+                move |one, [q, k, v], [_, kept], [dy, _], [dq, dk, dv]| {
+                    retention::parallel_backward(of(one.len), q, k, v, flat(&kept), dy, dq, dk, dv);
+                },
+            ),
+            Form::Chunk => form.on_cpu(
+                move |one, [q, k, v], [y]| {
+                    let dims = of(one.len);
+                    again(0, 0, retention::chunk_states_len(dims), |_, states| {
+                        retention::chunk_forward(dims, q, k, v, y, states);
+                    });
+                },
+                move |one, [q, k, v], _, [dy], [dq, dk, dv]| {
+                    let dims = of(one.len);
+                    again(one.len, cols, retention::chunk_states_len(dims), |y, states| {
+                        retention::chunk_forward(dims, q, k, v, y, states);
+                        retention::chunk_backward(dims, q, k, v, states, dy, dq, dk, dv);
+                    });
+                },
+            ),
+        }))
+    }
     fn strided(&self) -> bool {
         true
     }
@@ -421,6 +495,23 @@ impl Op for GatedLinearAttention {
                 gla::gla_forward(y, q, k, v, gate, scale, 1, heads, Some(initial), Some(state), None);
             });
         })))
+    }
+    fn packed(&self, inputs: &[TensorType]) -> Result<Option<Arc<dyn Op>>, OpError> {
+        let (heads, scale, cols) = (*self.heads, self.scale(), inputs[2].cols());
+        let (key_dim, value_dim) = (head_dim(inputs[0].cols(), heads)?, head_dim(cols, heads)?);
+        let form = packing(self.clone(), inputs, 4, &inputs[2], None);
+        Ok(Some(form.on_cpu(
+            move |_, [q, k, v, gate], [y]| {
+                gla::gla_forward(y, q, k, v, gate, scale, 1, heads, None, None, None);
+            },
+            move |one, [q, k, v, gate], _, [dy], [dq, dk, dv, dgate]| {
+                let states = gla::gla_boundaries_len(1, one.len, heads, key_dim, value_dim);
+                again(one.len, cols, states, |y, kept| {
+                    gla::gla_forward(y, q, k, v, gate, scale, 1, heads, None, None, Some(kept));
+                    gla::gla_backward(dq, dk, dv, dgate, dy, q, k, v, gate, scale, 1, heads, kept);
+                });
+            },
+        )))
     }
     fn strided(&self) -> bool {
         true

@@ -1,5 +1,7 @@
 //! Rotary position embedding, in LLaMA's and RetNet's forms.
 
+use std::sync::Arc;
+
 use dataflow_graph::components::Recurrence;
 use dataflow_graph::format::number::{Real, Size};
 use dataflow_graph::gradient::Gradient;
@@ -10,8 +12,10 @@ use dataflow_kernels::cpu::rotary::{self, Direction, Rotation, rotate, rotate_in
 use dataflow_kernels::cpu::threads::with_scratch;
 use dataflow_kernels::cuda;
 use dataflow_kernels::device::{Kernel, Target};
+use dataflow_kernels::{Rows, RowsMut};
 use serde::{Deserialize, Serialize};
 
+use crate::packed::Packing;
 use crate::recurrent::Continuation;
 use crate::sequence::{head_dim, sizes};
 
@@ -124,6 +128,28 @@ impl Op for Rotary {
                 rotate(Rotation { pairing, head_dim: dim, cos, sin, scale }, Direction::Forward, s.of(*x), y);
             });
         })))
+    }
+    fn packed(&self, inputs: &[TensorType]) -> Result<Option<Arc<dyn Op>>, OpError> {
+        let (pairing, dim) = self.heads(&inputs[0])?;
+        let (half, scale, (_, time, _)) = (dim / 2, self.scale.0 as f32, sizes(&inputs[0])?);
+        let form = Packing {
+            op: Arc::new(self.clone()),
+            inputs,
+            activations: 1,
+            parameters: 0,
+            results: vec![inputs[0].clone()],
+            kept: None,
+        };
+        let (cos, sin) = self.angles(pairing, dim, time);
+        let turn = move |direction, len: usize, x: Rows<'_>, y: RowsMut<'_>| {
+            let (cos, sin) = (&cos[..len * half], &sin[..len * half]);
+            rotate(Rotation { pairing, head_dim: dim, cos, sin, scale }, direction, x, y);
+        };
+        let back = turn.clone();
+        Ok(Some(form.on_cpu(
+            move |one, [x], [y]| turn(Direction::Forward, one.len, x, y),
+            move |one, _, _, [dy], [dx]| back(Direction::Backward, one.len, dy, dx),
+        )))
     }
     fn strided(&self) -> bool {
         true

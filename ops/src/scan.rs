@@ -9,13 +9,16 @@ use dataflow_graph::initializer::{ElementFormula, Initializer};
 use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
+use dataflow_kernels::RowsMut;
 use dataflow_kernels::cpu::scan::Dims;
+use dataflow_kernels::cpu::threads::with_scratch;
 use dataflow_kernels::cpu::{longhorn, selective_scan};
 use dataflow_kernels::cuda::scan as cuda;
 use dataflow_kernels::device::{Calls, Kernel, Target};
 use serde::{Deserialize, Serialize};
 
 use crate::elementwise::{Activation, Gate};
+use crate::packed::Packing;
 use crate::recurrent::{Continuation, flat, flat_mut};
 use crate::sequence::{same, sizes};
 
@@ -96,6 +99,22 @@ fn continuing<'a>(
     }
 }
 
+/// The packed form of a scan whose first input is u, of four activations and `parameters`.
+fn packing(op: impl Op, inputs: &[TensorType], parameters: usize) -> Packing<'_> {
+    let results = vec![inputs[0].clone()];
+    Packing { op: Arc::new(op), inputs, activations: 4, parameters, results, kept: None }
+}
+
+/// Room for the result of a document and its states at chunk boundaries, which packed forms make again: how many there are
+/// depends on the lengths of the documents.
+fn again(dims: Dims, body: impl FnOnce(RowsMut<'_>, &mut [f32])) {
+    let result = dims.time * dims.channels;
+    with_scratch(result + dims.boundaries_len(), |scratch| {
+        let (y, boundaries) = scratch.split_at_mut(result);
+        body(RowsMut::contiguous(y, dims.channels), boundaries);
+    });
+}
+
 fn work(node: &NodeView<'_>, dims: Result<Dims, OpError>, per_element: f64) -> Cost {
     let elements = dims.map_or(0, |d| d.rows() * d.channels * d.state) as f64;
     Cost { flops: per_element * elements, bytes: node.bytes() }
@@ -174,6 +193,27 @@ impl Op for Longhorn {
                 let (u, q, k, dt, skip) = (s.of(*u), s.of(*q), s.of(*k), s.of(*dt), Some(flat(skip)));
                 let inputs = longhorn::Inputs { u, dt, q, k, t_bias: None, skip, gate: None };
                 longhorn::forward(dims, &inputs, y, Some(flat_mut(&mut state)), None);
+            },
+        )))
+    }
+    fn packed(&self, inputs: &[TensorType]) -> Result<Option<Arc<dyn Op>>, OpError> {
+        let dims = dims(&inputs[0], &inputs[1])?;
+        let of = move |len| Dims { batch: 1, time: len, ..dims };
+        Ok(Some(packing(self.clone(), inputs, 1).on_cpu(
+            move |one, [u, q, k, dt, skip], [y]| {
+                let skip = Some(flat(&skip));
+                let inputs = longhorn::Inputs { u, dt, q, k, t_bias: None, skip, gate: None };
+                longhorn::forward(of(one.len), &inputs, y, None, None);
+            },
+            move |one, [u, q, k, dt, skip], _, [dy], [du, dq, dk, ddt, mut dskip]| {
+                let (dims, skip) = (of(one.len), Some(flat(&skip)));
+                let inputs = longhorn::Inputs { u, dt, q, k, t_bias: None, skip, gate: None };
+                let skip = Some(flat_mut(&mut dskip));
+                let gradients = longhorn::Gradients { u: du, q: dq, k: dk, dt: ddt, t_bias: None, skip, gate: None };
+                again(dims, |y, boundaries| {
+                    longhorn::forward(dims, &inputs, y, None, Some(boundaries));
+                    longhorn::backward(dims, &inputs, dy, boundaries, gradients);
+                });
             },
         )))
     }
@@ -291,6 +331,35 @@ impl Op for SelectiveScan {
             let inputs = selective_scan::Inputs { u, delta, a_log, b, c, delta_bias: None, skip, gate: None };
             selective_scan::forward(dims, &inputs, y, Some(flat_mut(&mut state)), None);
         })))
+    }
+    fn packed(&self, inputs: &[TensorType]) -> Result<Option<Arc<dyn Op>>, OpError> {
+        let dims = dims(&inputs[0], &inputs[2])?;
+        let of = move |len| Dims { batch: 1, time: len, ..dims };
+        Ok(Some(packing(self.clone(), inputs, 2).on_cpu(
+            move |one, [u, delta, b, c, a_log, skip], [y]| {
+                let (a_log, skip) = (flat(&a_log), Some(flat(&skip)));
+                let inputs = selective_scan::Inputs { u, delta, a_log, b, c, delta_bias: None, skip, gate: None };
+                selective_scan::forward(of(one.len), &inputs, y, None, None);
+            },
+            move |one, [u, delta, b, c, a_log, skip], _, [dy], [du, ddelta, db, dc, mut da_log, mut dskip]| {
+                let (dims, a_log, skip) = (of(one.len), flat(&a_log), Some(flat(&skip)));
+                let inputs = selective_scan::Inputs { u, delta, a_log, b, c, delta_bias: None, skip, gate: None };
+                let gradients = selective_scan::Gradients {
+                    u: du,
+                    delta: ddelta,
+                    b: db,
+                    c: dc,
+                    a_log: Some(flat_mut(&mut da_log)),
+                    delta_bias: None,
+                    skip: Some(flat_mut(&mut dskip)),
+                    gate: None,
+                };
+                again(dims, |y, boundaries| {
+                    selective_scan::forward(dims, &inputs, y, None, Some(boundaries));
+                    selective_scan::backward(dims, &inputs, dy, boundaries, gradients);
+                });
+            },
+        )))
     }
     fn strided(&self) -> bool {
         true

@@ -1,6 +1,7 @@
 //! RWKV's token shift.
 
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 use dataflow_graph::components::Recurrence;
 use dataflow_graph::gradient::Gradient;
@@ -13,7 +14,8 @@ use dataflow_kernels::device::{Kernel, Target};
 use dataflow_kernels::{Rows, RowsMut};
 use serde::{Deserialize, Serialize};
 
-use crate::recurrent::{Continuation, flat};
+use crate::packed::Packing;
+use crate::recurrent::{Continuation, flat, flat_mut};
 use crate::sequence::sizes;
 
 /// Mixes each token with the one before it (arXiv:2305.13048): for every mix vector `m_j` of `[C]` an output
@@ -89,6 +91,36 @@ impl Op for TokenShift {
                     token_shift::mix_forward(x, s.len, Some(last.as_rows()), &mix[..mixes], &mut ys[..mixes]);
                 }
                 last.row(0).copy_from_slice(x.row(s.len - 1));
+            },
+        )))
+    }
+    fn packed(&self, inputs: &[TensorType]) -> Result<Option<Arc<dyn Op>>, OpError> {
+        let mixes = inputs.len() - 1;
+        let form = Packing {
+            op: Arc::new(self.clone()),
+            inputs,
+            activations: 1,
+            parameters: 0,
+            results: vec![inputs[0].clone(); mixes.max(1)],
+            kept: None,
+        };
+        Ok(Some(form.on_cpu::<{ 1 + MAX_MIXES }, MAX_MIXES>(
+            move |one, given, mut ys| {
+                if mixes == 0 {
+                    return token_shift::forward(given[0], one.len, None, ys[0].reborrow());
+                }
+                let mix: [&[f32]; MAX_MIXES] = std::array::from_fn(|j| flat(&given[1 + j]));
+                token_shift::mix_forward(given[0], one.len, None, &mix[..mixes], &mut ys[..mixes]);
+            },
+            move |one, given, _, dys, mut made| {
+                if mixes == 0 {
+                    return token_shift::backward(dys[0], one.len, made[0].reborrow(), None);
+                }
+                let mix: [&[f32]; MAX_MIXES] = std::array::from_fn(|j| flat(&given[1 + j]));
+                let [dx, rest @ ..] = &mut made;
+                let mut dmix = rest.each_mut().map(flat_mut);
+                let (mix, dys, dmix) = (&mix[..mixes], &dys[..mixes], &mut dmix[..mixes]);
+                token_shift::mix_backward(given[0], one.len, None, mix, dys, dx.reborrow(), dmix, None);
             },
         )))
     }

@@ -383,8 +383,7 @@ impl Trainer {
 
     /// Forward and backward of one batch; returns its loss.
     fn step(&mut self, batch: &Batch) -> Result<f32, StageError> {
-        self.session.write_input("tokens", &batch.inputs);
-        self.session.write_input("targets", &batch.targets);
+        batch.write_to(&self.session);
         self.session.run_step().map_err(StageError::from_error)?;
         let loss = self.session.scalar("loss").unwrap_or(f32::NAN);
         self.session.check().map_err(StageError::from_error)?;
@@ -408,6 +407,7 @@ impl Setup {
                 training,
                 recurrent: None,
                 target: self.device.target(),
+                packed: objective.model.batches.packed(),
             },
             objectives: objective.list(training),
             optimizer: training.then(|| self.optimized.optimizer(self.steps)),

@@ -66,6 +66,7 @@ fn logits(saved: &Saved, tokens: &[i32], batch: usize, block: usize) -> Tensor {
             seed: 0,
             training: false,
             recurrent: None,
+            packed: false,
             target: Target::Cpu,
         },
         objectives: Vec::new(),

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
-use super::infer::{SEQUENCES, shapes};
+use super::infer::{POSITIONS, SEQUENCES, shapes};
 use super::push_once;
 use crate::build::add_source;
 use crate::components::{Inputs, Name, Objectives, OpRef, Options, Outputs, Phase, Place, Role};
@@ -66,6 +66,10 @@ pub fn expand(world: &mut World) -> Result<(), Errors> {
             let value = add_source(world, name, TensorType::i32([options.batch]), Role::Input);
             inputs.0.insert(name.into(), value);
         }
+    }
+
+    if options.packed {
+        inputs.0.insert(POSITIONS.into(), add_source(world, POSITIONS, TensorType::i32(shape), Role::Input));
     }
 
     let mut expander = Expander {

@@ -10,7 +10,9 @@ use std::sync::Arc;
 use super::expand::RowNames;
 use super::{op_error, push_once};
 use crate::build::{add_source, finish, state, types_of};
-use crate::components::{Decays, Inputs, Name, OpRef, Options, ParameterOf, Parameters, Place, Role, TokenLimit};
+use crate::components::{
+    Decays, Inputs, Name, OpRef, Options, ParameterOf, Parameters, Place, Recurrence, Role, TokenLimit,
+};
 use crate::diagnostic::{Errors, nearest};
 use crate::format::model::ModelFile;
 use crate::op::{Op, OpError, Recurrent};
@@ -19,6 +21,28 @@ use crate::world::{NodeId, ValueId, World};
 
 /// The inputs that tell a recurrent program about its sequences; see [`Recurrence`](crate::components::Recurrence).
 pub(super) const SEQUENCES: [&str; 3] = ["slots", "positions", "lengths"];
+
+/// The input that tells a packed program about its documents; see [`Options::packed`].
+pub(super) const POSITIONS: &str = "positions";
+
+/// Gives a node of a packed program, of which data inputs and parameters are known, the form that starts anew at each
+/// document, if its op looks back.
+fn pack(world: &mut World, node: NodeId, op: &Arc<dyn Op>, types: &[TensorType]) -> Result<Arc<dyn Op>, OpError> {
+    let Some(packed) = op.packed(types)? else {
+        // an op that looks back has a state to decode with
+        let one = Recurrence { slots: 1, capacity: 1, logits: true, weights: DType::F32 };
+        return match op.recurrent(types, &one)? {
+            None => Ok(op.clone()),
+            Some(_) => Err("the op looks back, and has no form that starts anew at each document: \
+                            use other batches than `Packed`"
+                .into()),
+        };
+    };
+    let positions = world.resource::<Inputs>().and_then(|inputs| inputs.0.get(POSITIONS).copied());
+    world.push_input(node, positions.ok_or_else(|| OpError(format!("a packed program has no input `{POSITIONS}`")))?);
+    world.set(node, OpRef(packed.clone()));
+    Ok(packed)
+}
 
 /// Gives a node its recurrent form: states as further inputs, and as further outputs that update them.
 fn recur(world: &mut World, node: NodeId, name: &str, recurrent: Recurrent) -> Result<Vec<TensorType>, OpError> {
@@ -72,7 +96,7 @@ pub(super) fn shapes(world: &mut World, partial: bool) -> Errors {
             errors.push(op_error(world, node, &error));
             break;
         }
-        if let Err(error) = infer_node(world, node, &*op, &inputs, &prefix, &mut parameters) {
+        if let Err(error) = infer_node(world, node, &op, &inputs, &prefix, &mut parameters) {
             if !(partial && FOLLOWING.iter().any(|f| error.0.contains(f))) {
                 push_once(&mut errors, op_error(world, node, &error));
             }
@@ -132,12 +156,12 @@ fn miscounted(op: &dyn Op, given: usize) -> Option<OpError> {
 fn infer_node(
     world: &mut World,
     node: NodeId,
-    op: &dyn Op,
+    op: &Arc<dyn Op>,
     inputs: &[ValueId],
     prefix: &str,
     parameters: &mut BTreeMap<String, ValueId>,
 ) -> Result<(), OpError> {
-    let op_name = name_of(op);
+    let op_name = name_of(&**op);
     let types = types_of(world, inputs);
     let shown = || types.iter().map(TensorType::to_string).collect::<Vec<_>>().join(", ");
     let context = |e: OpError| OpError(format!("`{op_name}`: {} (inputs: {})", e.0, shown()));
@@ -148,7 +172,7 @@ fn infer_node(
         return Err(message.into());
     }
     let name = world.expect::<Name>(node).0.clone();
-    let recurrence = world.resource::<Options>().and_then(|o| o.recurrent);
+    let (recurrence, packed) = world.resource::<Options>().map_or((None, false), |o| (o.recurrent, o.packed));
     for (i, wanted) in op.parameters(&types).map_err(context)?.into_iter().enumerate() {
         let dtype = recurrence.filter(|_| op.narrow(i)).map_or(DType::F32, |r| r.weights);
         let value = match &wanted.tie {
@@ -192,7 +216,14 @@ fn infer_node(
         };
         world.push_input(node, value);
     }
-    finish(world, node, op);
+    let (outputs, form) = match packed {
+        true => {
+            let form = pack(world, node, op, &types).map_err(context)?;
+            (form.infer(&types_of(world, &world.inputs(node))).map_err(context)?, form)
+        }
+        false => (outputs, op.clone()),
+    };
+    finish(world, node, &*form);
     let outputs = match recurrence.map(|r| op.recurrent(&types, &r).map_err(context)).transpose()?.flatten() {
         Some(recurrent) => recur(world, node, &name, recurrent)?,
         None => outputs,

@@ -9,6 +9,7 @@ pub mod attention;
 mod chunked;
 pub mod conv1d;
 pub mod cross_entropy;
+pub mod documents;
 pub mod embedding;
 pub mod gla;
 pub mod interpreter;

@@ -48,6 +48,7 @@ pub fn request(model: ModelFile, set: &[(&str, i64)], sizes: (usize, usize), tra
             training,
             recurrent: None,
             target: Target::Cpu,
+            packed: false,
         },
         objectives: vec![("loss".into(), loss)],
         optimizer: training.then(|| Arc::new(optimizer) as _),

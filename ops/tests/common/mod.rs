@@ -66,6 +66,7 @@ pub fn training_in(
             seed: 1,
             training: true,
             recurrent: None,
+            packed: false,
             target: Target::Cpu,
         },
         objectives: vec![("loss".into(), loss)],

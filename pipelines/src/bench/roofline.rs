@@ -79,6 +79,7 @@ fn best(
             training: false,
             recurrent: None,
             target: device.target(),
+            packed: false,
         },
         objectives: Vec::new(),
         optimizer: None,

@@ -114,6 +114,7 @@ fn check_model(registry: &Arc<Registry>, model: &Arc<ModelFile>, scope: Scope) -
             training: false,
             recurrent: None,
             target: Target::Cpu,
+            packed: false,
         },
         objectives: Vec::new(),
         optimizer: None,

@@ -54,6 +54,7 @@ impl Import {
                 training: false,
                 recurrent: None,
                 target: Target::Cpu,
+                packed: false,
             },
             objectives: Vec::new(),
             optimizer: None,

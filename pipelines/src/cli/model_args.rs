@@ -57,6 +57,7 @@ impl ModelArgs {
                 training: true,
                 recurrent: None,
                 target,
+                packed: false,
             },
             objectives: vec![("loss".into(), Arc::new(CrossEntropy {}))],
             optimizer: Some(Arc::new(adamw)),

@@ -1,5 +1,7 @@
 //! Batches of inputs and targets, and what gives them.
 
+use dataflow_graph::session::Session;
+
 use super::token_file::{TokenFileError, Tokenizer};
 use super::whole_windows::WholeWindows;
 
@@ -16,6 +18,9 @@ pub struct Batch {
     pub inputs: Vec<i32>,
     /// What the model should answer at each position, `[batch, block]`; [`IGNORED`] where nothing.
     pub targets: Vec<i32>,
+    /// Where a sequence holds several documents: how many tokens of its document are before each token, `[batch, block]`; 0
+    /// where a document starts. Else empty.
+    pub positions: Vec<i32>,
     /// How many sequences (B).
     pub batch: usize,
     /// How many tokens each has (T).
@@ -37,6 +42,27 @@ impl Batch {
         (self.batch, self.block) = (batch, block);
         self.inputs.resize(batch * block, 0);
         self.targets.resize(batch * block, IGNORED);
+    }
+
+    /// Fills in the positions: a document starts at every `separator`, and at the beginning of a sequence.
+    pub fn mark_documents(&mut self, separator: i32) {
+        self.positions.resize(self.inputs.len(), 0);
+        for (tokens, positions) in self.inputs.chunks(self.block).zip(self.positions.chunks_mut(self.block)) {
+            let mut next = 0;
+            for (&token, position) in tokens.iter().zip(positions) {
+                *position = if token == separator { 0 } else { next };
+                next = *position + 1;
+            }
+        }
+    }
+
+    /// Writes the batch to the inputs of a program.
+    pub fn write_to(&self, session: &Session) {
+        session.write_input("tokens", &self.inputs);
+        session.write_input("targets", &self.targets);
+        if !self.positions.is_empty() {
+            session.write_input("positions", &self.positions);
+        }
     }
 
     /// How many positions have a target.
@@ -111,6 +137,11 @@ pub trait BatchSource: Send + Sync {
         None
     }
 
+    /// Whether sequences hold several documents, so that batches have [`positions`](Batch::positions).
+    fn packed(&self) -> bool {
+        false
+    }
+
     /// Makes `batch` the one that `draw` says, reusing its memory.
     fn fill(&mut self, draw: Draw, batch: &mut Batch) -> Result<(), BatchError>;
 
@@ -160,6 +191,23 @@ pub enum BatchError {
         file: String,
         /// Its length.
         tokens: usize,
+    },
+    /// Nothing says where documents begin.
+    #[error(
+        "{file} does not say which token is between its documents; give it as an attribute of `Packed`, such as \
+         `end_of_text: 50256` for GPT-2's"
+    )]
+    NoSeparator {
+        /// The token file.
+        file: String,
+    },
+    /// A token that is none.
+    #[error("end_of_text: {separator} is no token: the vocabulary has {vocabulary}")]
+    WrongSeparator {
+        /// What was given.
+        separator: u32,
+        /// All tokens are below this.
+        vocabulary: usize,
     },
     /// The tokens cannot be read.
     #[error(transparent)]

@@ -6,6 +6,7 @@ pub mod chars;
 pub mod documents;
 pub mod download;
 pub mod layout;
+pub mod packed;
 pub mod prefetch;
 pub mod prepare;
 pub mod recall;

@@ -330,6 +330,11 @@ impl TokenFile {
         self.description.tokens
     }
 
+    /// The token after each document, where the file is known to have one.
+    pub fn end_of_text(&self) -> Option<u32> {
+        self.description.preparation.as_ref().map(|preparation| preparation.end_of_text)
+    }
+
     /// How many different tokens there may be.
     pub fn vocabulary(&self) -> usize {
         self.description.vocabulary

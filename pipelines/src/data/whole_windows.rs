@@ -14,6 +14,8 @@ pub struct WholeWindows {
     batch: usize,
     block: usize,
     next: usize,
+    /// What documents start at, if sequences hold several.
+    separator: Option<i32>,
 }
 
 impl WholeWindows {
@@ -21,7 +23,12 @@ impl WholeWindows {
     pub fn new(tokens: Arc<TokenFile>, split: Split, batch: usize, block: usize) -> Result<WholeWindows, BatchError> {
         check_shape(batch, block)?;
         check_length(block, split, &tokens)?;
-        Ok(WholeWindows { tokens, batch, block, next: 0 })
+        Ok(WholeWindows { tokens, batch, block, next: 0, separator: None })
+    }
+
+    /// The same, with the positions of tokens in their documents, each of which starts at a `separator`.
+    pub fn packed(self, separator: i32) -> WholeWindows {
+        WholeWindows { separator: Some(separator), ..self }
     }
 
     /// How many windows there are.
@@ -49,6 +56,9 @@ impl WholeWindows {
         }
         batch.inputs[rows * self.block..].fill(0);
         batch.targets[rows * self.block..].fill(IGNORED);
+        if let Some(separator) = self.separator {
+            batch.mark_documents(separator);
+        }
         self.next += rows;
         Ok(true)
     }

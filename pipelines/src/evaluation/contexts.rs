@@ -73,6 +73,7 @@ impl Evaluation<'_> {
                 training: false,
                 recurrent: None,
                 target: self.device.target(),
+                packed: false,
             },
             objectives: vec![("loss".into(), Arc::new(CrossEntropy {}))],
             optimizer: None,
@@ -94,8 +95,7 @@ impl Evaluation<'_> {
             if !windows.fill(&mut filled).map_err(|e| to_errors(&e))? {
                 break;
             }
-            session.write_input("tokens", &filled.inputs);
-            session.write_input("targets", &filled.targets);
+            filled.write_to(&session);
             session.run_step().map_err(|e: DeviceError| to_errors(&e))?;
             let answers = filled.answers();
             sum += answers as f64 * f64::from(session.scalar("loss").unwrap_or(f32::NAN));

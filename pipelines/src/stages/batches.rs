@@ -1,4 +1,4 @@
-//! `Windows`, `Sequential` and `Recall`: where batches come from.
+//! `Windows`, `Sequential`, `Packed` and `Recall`: where batches come from.
 
 use dataflow_graph::format::number::{Real, Size};
 use dataflow_graph::registry::{Info, Registry};
@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Kind, Product, Run, Stage, StageError, StageRegistry};
 use crate::data::recall::{self, Fillers};
-use crate::data::{sequential, windows};
+use crate::data::{packed, sequential, windows};
 
 /// Random windows of token files.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -59,6 +59,37 @@ impl Stage for Sequential {
         let windows = sequential::Sequential { batch: **batch, block: **block, shuffle: *shuffle };
         let source = windows.over(splits.clone(), run.seed).map_err(StageError::from_error)?;
         Ok(Product::Batches(Box::new(source)))
+    }
+}
+
+/// As [`Sequential`], but each document starts anew.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Packed {
+    batch: Size,
+    block: Size,
+    #[serde(default = "yes")]
+    shuffle: bool,
+    /// The token that documents start at; by default what `Tokenize` has put between them.
+    #[serde(default)]
+    end_of_text: Option<Size>,
+}
+
+impl Stage for Packed {
+    fn inputs(&self) -> &'static [Kind] {
+        &[Kind::Tokens]
+    }
+    fn output(&self) -> Kind {
+        Kind::Batches
+    }
+    fn start(&self, run: &mut Run, inputs: &[&Product]) -> Result<Product, StageError> {
+        let [Product::Tokens(splits)] = inputs else { unreachable!("kinds are checked before stages start") };
+        let Packed { batch, block, shuffle, end_of_text } = self;
+        let sequential = sequential::Sequential { batch: **batch, block: **block, shuffle: *shuffle };
+        // what does not fit is above any vocabulary
+        let end_of_text = end_of_text.map(|token| u32::try_from(*token).unwrap_or(u32::MAX));
+        let source = packed::Packed { sequential, end_of_text }.over(splits.clone(), run.seed);
+        Ok(Product::Batches(Box::new(source.map_err(StageError::from_error)?)))
     }
 }
 
@@ -127,6 +158,14 @@ pub(super) fn register(registry: &mut Registry) {
     registry.stage::<Sequential>(Info {
         name: "Sequential",
         about: "The windows of token files in turn, in an order of its own in every epoch: each token once per epoch.",
+        inputs: &["tokens"],
+        formula: "",
+        source: "",
+        example: "(batch: 12, block: 64)",
+    });
+    registry.stage::<Packed>(Info {
+        name: "Packed",
+        about: "As Sequential, but attention, recurrent states and positions start anew at each document.",
         inputs: &["tokens"],
         formula: "",
         source: "",

@@ -63,8 +63,7 @@ impl Evaluator {
     /// Runs the batch in hand and adds its figures.
     fn add(&mut self, mean: &mut Mean) -> Result<(), StageError> {
         let answers = self.batch.answers() as f64;
-        self.session.write_input("tokens", &self.batch.inputs);
-        self.session.write_input("targets", &self.batch.targets);
+        self.batch.write_to(&self.session);
         self.session.run_step().map_err(StageError::from_error)?;
         self.session.check().map_err(StageError::from_error)?;
         mean.loss += answers * f64::from(self.session.scalar("loss").unwrap_or(f32::NAN));

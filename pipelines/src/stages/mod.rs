@@ -81,7 +81,7 @@ impl fmt::Display for Kind {
             Kind::Text => "a text (Text)",
             Kind::Documents => "documents (Documents)",
             Kind::Tokens => "tokens (Chars, Tokenize, TokenFiles)",
-            Kind::Batches => "batches (Windows, Sequential, Recall)",
+            Kind::Batches => "batches (Windows, Sequential, Packed, Recall)",
             Kind::Model => "a model (Model)",
             Kind::Loss => "a loss (CrossEntropy)",
             Kind::Optimizer => "an optimizer (AdamW)",

@@ -26,8 +26,7 @@ impl Trainer {
             source.fill(Draw::training(number), &mut batch).map_err(StageError::from_error)?;
             // random masks are drawn by this counter
             self.set_counter(TICK, number);
-            self.session.write_input("tokens", &batch.inputs);
-            self.session.write_input("targets", &batch.targets);
+            batch.write_to(&self.session);
             if let Some(launch) = self.session.first_not_finite().map_err(StageError::from_error)? {
                 let (name, op) = (&launch.name, launch.op.split(['(', ' ', '{']).next().unwrap_or_default());
                 return Ok(format!(

@@ -139,7 +139,16 @@ impl<'a> Golden<'a> {
     ) -> Result<Compiled, Problem> {
         let training = optimizer.is_some();
         self.compile_with(
-            Options { batch, block, micro_batches, seed: 0, training, recurrent: None, target: self.device.target() },
+            Options {
+                batch,
+                block,
+                micro_batches,
+                seed: 0,
+                training,
+                recurrent: None,
+                packed: false,
+                target: self.device.target(),
+            },
             optimizer,
         )
     }

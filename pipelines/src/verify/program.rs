@@ -116,6 +116,7 @@ impl Rows {
             training: true,
             recurrent: None,
             target: Target::Cpu,
+            packed: false,
         });
         world.set_resource(OptimizerRef(optimizer));
         expand(&mut world)?;

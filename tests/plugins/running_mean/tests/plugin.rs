@@ -85,6 +85,7 @@ fn step(app: App, name: &str, text: &str, [batch, block]: [usize; 2]) -> Result<
             seed: 1,
             training: true,
             recurrent: None,
+            packed: false,
             target: Target::Cpu,
         },
         objectives: vec![("loss".into(), Arc::new(CrossEntropy {}))],
