@@ -71,34 +71,32 @@ impl Packing<'_> {
         backward: impl Fn(One, [Rows<'_>; I], [Rows<'_>; R], [Rows<'_>; R], [RowsMut<'_>; I]) + Send + Sync + 'static,
     ) -> Arc<dyn Op> {
         let (inputs, activations) = (self.inputs.len() + self.parameters, self.activations);
-        let (mut outputs, results, draws) = (self.results, self.results.len(), self.op.uses_step());
+        let (results, draws, mut outputs) = (self.results.len(), self.op.uses_step(), self.results);
         outputs.extend(self.kept.map(|kept| outputs[0].with_cols(kept)));
         let count = outputs.len();
         assert!(inputs <= I && count <= R && activations <= inputs, "a kernel for other inputs or results");
         // the step counter is the last input
-        let one = move |a: &Arguments<'_>, seed: u64, document: Document| {
-            let step = if draws { a.slice::<i32>(a.inputs() - 1)[0] as u64 } else { 0 };
-            One { len: document.len, seed, draw: step | (document.first as u64) << 32 }
-        };
-        let of = move |all: &[Rows<'_>; I], document: Document| {
-            std::array::from_fn(|i| if i < activations { document.of(all[i]) } else { all[i] })
+        let step = move |a: &Arguments<'_>| if draws { a.slice::<i32>(a.inputs() - 1)[0] as u32 } else { 0 };
+        let one = move |seed: u64, step: u32, document: Document| {
+            let draw = u64::from(step) | (document.first as u64) << 32;
+            One { len: document.len, seed, draw }
         };
         let forward = move |a: &Arguments<'_>, time: usize, seed: u64| {
-            let given = rows::<I>(a, 0, inputs);
+            let (given, step) = (rows::<I>(a, 0, inputs), step(a));
             let documents = Documents { time, positions: a.slice(inputs) };
             documents.run(rows_mut::<R>(a, count), R, |document, results| {
-                forward(one(a, seed, document), of(&given, document), results);
+                forward(one(seed, step, document), of(document, &given, activations), results);
             })
         };
         let backward = move |a: &Arguments<'_>, time: usize, seed: u64| {
-            let given = rows::<I>(a, 0, inputs);
+            let (given, step) = (rows::<I>(a, 0, inputs), step(a));
             let outputs = rows::<R>(a, inputs + 1, count);
             let gradients = rows::<R>(a, inputs + 1 + count, results);
             let documents = Documents { time, positions: a.slice(inputs) };
             documents.run(rows_mut::<I>(a, inputs), activations, |document, made| {
                 let [outputs, gradients] =
                     [&outputs, &gradients].map(|all| all.map(|x| if x.rows() == 0 { x } else { document.of(x) }));
-                backward(one(a, seed, document), of(&given, document), outputs, gradients, made);
+                backward(one(seed, step, document), of(document, &given, activations), outputs, gradients, made);
             })
         };
         Arc::new(Packed {
@@ -110,6 +108,11 @@ impl Packing<'_> {
             backward: Arc::new(backward),
         })
     }
+}
+
+/// What a kernel gets of the inputs for a document: its rows of the activations, the others whole.
+fn of<'a, const N: usize>(document: Document, inputs: &[Rows<'a>; N], activations: usize) -> [Rows<'a>; N] {
+    std::array::from_fn(|i| if i < activations { document.of(inputs[i]) } else { inputs[i] })
 }
 
 /// `count` inputs from `first` on.

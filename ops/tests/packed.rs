@@ -7,12 +7,18 @@ use std::sync::Arc;
 
 use common::compare::{close, compiled, request};
 use common::{MODELS, model, path};
-use dataflow_graph::compile::Request;
+use dataflow_graph::compile::{Request, compile};
+use dataflow_graph::components::Recurrence;
 use dataflow_graph::diagnostic::Source;
 use dataflow_graph::format::model::ModelFile;
+use dataflow_graph::op::{Op, OpError, Recurrent};
 use dataflow_graph::plan::lower;
+use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::session::Session;
+use dataflow_graph::types::TensorType;
 use dataflow_kernels::device::{CpuDevice, Target};
+use dataflow_ops::BuiltinOps;
+use serde::{Deserialize, Serialize};
 
 const BATCH: usize = 2;
 const BLOCK: usize = 134;
@@ -91,16 +97,16 @@ fn gradients(request: &Request, batch: &Batch, threads: usize) -> (f32, BTreeMap
 
 /// The programs to compare.
 fn programs() -> Vec<(String, Request)> {
-    let of = |name: &str, file, more: &[(&str, i64)]| {
+    let of = |name: &str, file: std::path::PathBuf, more: &[(&str, i64)]| {
         let mut set = vec![("vocab", 65), ("d_model", 32), ("n_layer", 2), ("n_head", 2)];
         set.extend(more);
-        let model = ModelFile::read(file).unwrap_or_else(|e| panic!("{e}"));
+        let model = ModelFile::read(&file).unwrap_or_else(|e| panic!("{e}"));
         (name.to_string(), request(model, &set, (1, 1), true))
     };
     let block = ("block", BLOCK as i64);
-    let mut programs: Vec<_> = MODELS.iter().map(|name| of(name, &model(name), &[block])).collect();
-    programs.push(of("retnet, linear", &model("retnet"), &[("exact", 0)]));
-    programs.push(of("hybrid", &path("tests/models/hybrid.ron"), &[]));
+    let mut programs: Vec<_> = MODELS.iter().map(|name| of(name, model(name), &[block])).collect();
+    programs.push(of("retnet, linear", model("retnet"), &[("exact", 0)]));
+    programs.push(of("hybrid", path("tests/models/hybrid.ron"), &[]));
     programs
 }
 
@@ -118,7 +124,7 @@ fn each_document_has_the_logits_that_it_has_alone() {
         joined.positions = None;
         close(&name, &whole, &logits(&request, &joined), 1e-5);
         let differ = whole.iter().zip(&together).filter(|(a, b)| (*a - *b).abs() > 1e-3).count();
-        assert!(differ > whole.len() / 8, "{name}: {differ} of {} logits", whole.len());
+        assert!(differ > whole.len() / 20, "{name}: {differ} of {} logits", whole.len());
     }
 }
 
@@ -199,6 +205,41 @@ fn positions_that_no_documents_have_are_an_error() {
     session.write_input("positions", &vec![1; BATCH * BLOCK]);
     let message = session.run_step().unwrap_err().to_string();
     assert!(message.contains("token 0 of row 0 cannot have the position 1 in its document"), "{message}");
+}
+
+/// An op of somebody else's that looks back: it has a form to decode with, and none for packed rows.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct LooksBack {}
+
+impl Op for LooksBack {
+    fn recurrent(&self, _: &[TensorType], _: &Recurrence) -> Result<Option<Recurrent>, OpError> {
+        Ok(Some(Recurrent { op: Arc::new(self.clone()), states: vec![], limit: None }))
+    }
+}
+
+#[test]
+fn what_looks_back_and_cannot_start_anew_is_refused() {
+    let (_, mut request) = programs().remove(0);
+    let mut registry = Registry::new();
+    registry.add_plugin(&BuiltinOps);
+    let info = Info { name: "LooksBack", about: "", inputs: &["x"], formula: "", source: "", example: "" };
+    registry.op::<LooksBack>(info);
+    request.registry = Arc::new(registry);
+    let text = r#"Model(
+        config: {"vocab": 65},
+        nodes: [
+            ("embedding", Embedding(rows: "vocab", dim: 8), ["tokens"]),
+            ("back", LooksBack, ["embedding"]),
+            ("logits", Linear(out: "vocab"), ["back"]),
+        ],
+    )"#;
+    let source = Source { name: "back.ron".into(), text: text.into() };
+    request.model = Arc::new(ModelFile::parse(Arc::new(source)).unwrap_or_else(|e| panic!("{e}")));
+    request.options.packed = true;
+    let message = compile(&request).err().expect("an error").to_string();
+    for part in ["back.ron:5:", "`back`", "the op looks back, and has no form that starts anew at each document"] {
+        assert!(message.contains(part), "{part:?} is not in: {message}");
+    }
 }
 
 /// A device of another kind has no such kernels, and says so when a program is loaded.

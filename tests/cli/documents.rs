@@ -5,7 +5,8 @@ use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::Instant;
 
-use super::{Folder, TINY};
+use super::runs::figures;
+use super::{Folder, TINY, edited, repository};
 
 const PIPELINE: &str = r#"
 Pipeline(
@@ -110,6 +111,45 @@ fn prepares_once_and_trains() {
         message.contains("tokens of a vocabulary of 50257, but the pipeline says `vocabulary: 50000`"),
         "{message}"
     );
+}
+
+#[test]
+fn packed_documents_train() {
+    let folder = with_corpus(300);
+    let model =
+        format!("Model(file: {:?}, config: {{\"d_model\": 16, \"n_layer\": 1}})", repository("models/longhorn.ron"));
+    let text = edited(PIPELINE, "Model(file: \"tiny.ron\", config: {\"vocab\": 50304})", &model);
+    let text = edited(&text, "validation: 0.05", "tokenizer: Bytes, validation: 0.05");
+    let text = edited(
+        &text,
+        "(\"train\", Train(steps: 3), [\"optimizer\"]),",
+        "(\"train\", Train(steps: 3), [\"optimizer\"]),\n\
+        (\"eval\", Evaluate(every: 3, batches: 2), [\"train\"]),",
+    );
+    let losses = |batches: &str, threads: &str, out: &str| {
+        folder.write("pipe.ron", edited(&text, "Windows(batch: 2, block: 16)", batches));
+        let shown = folder.succeeds(&["run", "pipe.ron", "--out", out, "--threads", threads]);
+        assert!(shown.contains("validation loss over the whole split"), "{shown}");
+        figures(&folder, out)
+    };
+    let packed = losses("Packed(batch: 2, block: 200)", "1", "packed");
+    assert_eq!(packed, losses("Packed(batch: 2, block: 200)", "2", "packed2"));
+    // the same windows, but with a look at the documents before
+    let sequential = losses("Sequential(batch: 2, block: 200)", "2", "sequential");
+    assert_eq!(packed.len(), sequential.len());
+    assert!(packed.iter().zip(&sequential).all(|(a, b)| a != b), "{packed:?}");
+    // token files that say nothing of documents
+    fs::remove_file(folder.path("out/train.json")).unwrap();
+    fs::remove_file(folder.path("out/val.json")).unwrap();
+    let row = r#"("tokens", TokenFiles(train: "out/train.bin", validation: "out/val.bin", vocabulary: 257), []),"#;
+    let (start, end) = (text.find("(\"documents\"").unwrap(), text.find("(\"batches\"").unwrap());
+    let files = format!("{}{row}\n{}", &text[..start], &text[end..]);
+    folder.write("files.ron", edited(&files, "Windows(batch: 2, block: 16)", "Packed(batch: 2, block: 200)"));
+    let message = folder.fails(&["run", "files.ron"]);
+    let expected = "row `batches`: out/train.bin does not say which token is between its documents; give it as";
+    assert!(message.contains(expected), "{message}");
+    folder.succeeds(&["run", "files.ron", "--set", "batches.end_of_text=256", "--out", "bare"]);
+    assert_eq!(figures(&folder, "bare"), packed);
 }
 
 /// What the program says about a wrong source, which must leave no token file.

@@ -97,18 +97,21 @@ fn killed_twenty_times_and_none_the_worse() {
 
 /// Which windows come next follows from the step, over the ends of epochs (15 steps each).
 #[test]
-fn sequential_batches_go_on() {
-    let folder = Folder::with_pipeline();
-    quick(&folder);
-    let text = edited(&folder.read("quick.ron"), "Windows(", "Sequential(");
-    folder.write("quick.ron", edited(&text, "steps: 400", "steps: 100"));
-    folder.succeeds(&["run", "quick.ron", "--out", "alone", "--threads", "1"]);
-    let mut started = folder.start(&["run", "quick.ron", "--out", "stopped", "--threads", "2"]);
-    started.wait_for(|| folder.rows("stopped") > 40);
-    started.signal("TERM");
-    assert_eq!(started.wait().code, Some(143));
-    folder.succeeds(&["run", "stopped", "--threads", "2"]);
-    same(&folder, "alone", "stopped");
+fn sequential_and_packed_batches_go_on() {
+    // documents of the length of a line or so: they start at the letter `l`
+    for batches in ["Sequential(", "Packed(end_of_text: 20, "] {
+        let folder = Folder::with_pipeline();
+        quick(&folder);
+        let text = edited(&folder.read("quick.ron"), "Windows(", batches);
+        folder.write("quick.ron", edited(&text, "steps: 400", "steps: 100"));
+        folder.succeeds(&["run", "quick.ron", "--out", "alone", "--threads", "1"]);
+        let mut started = folder.start(&["run", "quick.ron", "--out", "stopped", "--threads", "2"]);
+        started.wait_for(|| folder.rows("stopped") > 40);
+        started.signal("TERM");
+        assert_eq!(started.wait().code, Some(143));
+        folder.succeeds(&["run", "stopped", "--threads", "2"]);
+        same(&folder, "alone", "stopped");
+    }
 }
 
 #[test]
