@@ -251,6 +251,7 @@ impl Setup {
                 seed: 0,
                 training: false,
                 recurrent,
+                packed: false,
                 target: self.device.target(),
             },
             objectives: Vec::new(),

@@ -235,6 +235,7 @@ impl<'a> Golden<'a> {
             seed: 0,
             training: false,
             recurrent,
+            packed: false,
             target: self.device.target(),
         };
         let mut session = self.session(&self.compile_with(options, None)?)?;
