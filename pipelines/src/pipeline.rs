@@ -14,7 +14,7 @@ use dataflow_graph::world::{NodeId, ValueId, World};
 use ron::value::RawValue;
 use serde::Deserialize;
 
-use crate::data::TokenSplits;
+use crate::data::BatchSource;
 use crate::signals;
 use crate::stages::{Kind, Product, Run, RunFolderChoice, Stage, StageError};
 use crate::trainer::Summary;
@@ -177,17 +177,17 @@ impl Pipeline {
         Ok(Some(summary))
     }
 
-    /// The token files that the pipeline makes, if it makes some: starts what they need, and nothing else.
+    /// Where the batches of the pipeline come from, if it has some: starts what they need, and nothing else.
     ///
     /// # Errors
     /// What the first failing stage says, with its row.
-    pub fn tokens(&mut self, run: &mut Run) -> Result<Option<TokenSplits>, Errors> {
-        let makes = |n: &NodeId| self.world.expect::<StageRef>(*n).0.output() == Kind::Tokens;
+    pub fn batches(&mut self, run: &mut Run) -> Result<Option<Box<dyn BatchSource>>, Errors> {
+        let makes = |n: &NodeId| self.world.expect::<StageRef>(*n).0.output() == Kind::Batches;
         let Some(node) = self.world.nodes().into_iter().find(makes) else { return Ok(None) };
         let name = self.name(node);
         self.run(run, Some(&name))?;
         match &*self.world.expect::<Made>(self.world.outputs(node)[0]).0 {
-            Product::Tokens(splits) => Ok(Some(splits.clone())),
+            Product::Batches(source) => Ok(Some(source.duplicate())),
             _ => Ok(None),
         }
     }

@@ -5,6 +5,8 @@ use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::Instant;
 
+use serde_json::Value;
+
 use super::runs::figures;
 use super::{Folder, TINY, edited, repository};
 
@@ -124,7 +126,7 @@ fn packed_documents_train() {
         &text,
         "(\"train\", Train(steps: 3), [\"optimizer\"]),",
         "(\"train\", Train(steps: 3), [\"optimizer\"]),\n\
-        (\"eval\", Evaluate(every: 3, batches: 2), [\"train\"]),",
+        (\"eval\", Evaluate(every: 3, batches: 2), [\"train\"]),\n(\"last\", Checkpoint(keep: Last), [\"train\"]),",
     );
     let losses = |batches: &str, threads: &str, out: &str| {
         folder.write("pipe.ron", edited(&text, "Windows(batch: 2, block: 16)", batches));
@@ -134,6 +136,11 @@ fn packed_documents_train() {
     };
     let packed = losses("Packed(batch: 2, block: 200)", "1", "packed");
     assert_eq!(packed, losses("Packed(batch: 2, block: 200)", "2", "packed2"));
+    // what evaluates a run afterwards keeps documents apart too
+    let evaluated: Value = serde_json::from_str(&folder.succeeds(&["eval", "packed", "--json"])).unwrap();
+    let last: Value = serde_json::from_str(packed.last().unwrap()).unwrap();
+    let (loss, expected) = (evaluated["loss"].as_f64().unwrap(), last["eval"]["val"].as_f64().unwrap());
+    assert!((loss - expected).abs() < 1e-5, "{loss} {expected}");
     // the same windows, but with a look at the documents before
     let sequential = losses("Sequential(batch: 2, block: 200)", "2", "sequential");
     assert_eq!(packed.len(), sequential.len());

@@ -102,8 +102,7 @@ fn sequential_and_packed_batches_go_on() {
     for batches in ["Sequential(", "Packed(end_of_text: 20, "] {
         let folder = Folder::with_pipeline();
         quick(&folder);
-        let text = edited(&folder.read("quick.ron"), "Windows(", batches);
-        folder.write("quick.ron", edited(&text, "steps: 400", "steps: 100"));
+        folder.write("quick.ron", edited(&folder.read("quick.ron"), "Windows(", batches));
         folder.succeeds(&["run", "quick.ron", "--out", "alone", "--threads", "1"]);
         let mut started = folder.start(&["run", "quick.ron", "--out", "stopped", "--threads", "2"]);
         started.wait_for(|| folder.rows("stopped") > 40);

@@ -13,7 +13,8 @@ use serde_json::json;
 use super::{DeviceArgs, print, print_json, thousands};
 use crate::data::layout::{Files, Layout};
 use crate::data::token_file::Description;
-use crate::data::{TokenFile, Tokenizer};
+use crate::data::whole_windows::WholeWindows;
+use crate::data::{Split, TokenFile, Tokenizer};
 use crate::evaluation::contexts::{Evaluation, Row};
 use crate::evaluation::figure;
 use crate::files::FileError;
@@ -77,7 +78,7 @@ impl Eval {
         // the folder lives as long as the token file that is made in it
         let folder =
             tempfile::tempdir().map_err(|e| Diagnostic::new(format!("cannot make a temporary folder: {e}")))?;
-        let tokens = match &self.text {
+        let windows = match &self.text {
             Some(path) => encoded(&saved, path, folder.path())?,
             None => validation(&saved, registry, &device)?,
         };
@@ -86,7 +87,7 @@ impl Eval {
             device,
             scope: saved.scope(&BTreeMap::new())?,
             saved: &saved,
-            tokens,
+            windows,
             batch_tokens: self.batch_tokens as usize,
             batches: self.batches.map(|n| n as usize),
         };
@@ -146,7 +147,7 @@ fn shown(row: &Row) -> &str {
 }
 
 /// The tokens of a text file.
-fn encoded(saved: &Saved, path: &std::path::Path, folder: &std::path::Path) -> Result<Arc<TokenFile>, Errors> {
+fn encoded(saved: &Saved, path: &std::path::Path, folder: &std::path::Path) -> Result<WholeWindows, Errors> {
     let text = std::fs::read_to_string(path).map_err(FileError::on("read", path));
     let text = text.map_err(|e| Diagnostic::new(e.to_string()))?;
     let vocabulary = open::vocabulary(saved)
@@ -161,7 +162,8 @@ fn encoded(saved: &Saved, path: &std::path::Path, folder: &std::path::Path) -> R
     let bare = Description::bare(tokens.len(), vocabulary.len(), layout);
     let description = Description { tokenizer, ..bare };
     let file = TokenFile::create(&folder.join("text.bin"), description, tokens);
-    Ok(Arc::new(file.map_err(|e| wrong(e.to_string()))?))
+    let file = Arc::new(file.map_err(|e| wrong(e.to_string()))?);
+    WholeWindows::new(file, Split::Validation, 1, 1).map_err(|e| wrong(e.to_string()))
 }
 
 /// The validation split of the pipeline that trained the model.
@@ -169,7 +171,7 @@ fn validation(
     saved: &Saved,
     registry: &Arc<Registry>,
     device: &Arc<dyn dataflow_kernels::device::Device>,
-) -> Result<Arc<TokenFile>, Errors> {
+) -> Result<WholeWindows, Errors> {
     let help = "give a text: --text FILE";
     let Some(file) = &saved.pipeline else {
         return Err(Diagnostic::new("the weights have no pipeline beside them, which says where text is")
@@ -196,8 +198,10 @@ fn validation(
         resumed: None,
         writer: None,
     };
-    match pipeline.tokens(&mut run)? {
-        Some(splits) => Ok(splits.validation),
+    let source = pipeline.batches(&mut run)?;
+    let windows = source.map(|source| source.whole_windows(Split::Validation)).transpose();
+    match windows.map_err(|e| Diagnostic::new(e.to_string()))?.flatten() {
+        Some(windows) => Ok(windows),
         None => Err(Diagnostic::new("the run's pipeline makes its tokens on the fly, without a validation split")
             .help(help)
             .into()),

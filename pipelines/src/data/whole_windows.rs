@@ -11,6 +11,7 @@ use super::windows::{check_length, copy_window};
 #[derive(Clone, Debug)]
 pub struct WholeWindows {
     tokens: Arc<TokenFile>,
+    split: Split,
     batch: usize,
     block: usize,
     next: usize,
@@ -23,12 +24,28 @@ impl WholeWindows {
     pub fn new(tokens: Arc<TokenFile>, split: Split, batch: usize, block: usize) -> Result<WholeWindows, BatchError> {
         check_shape(batch, block)?;
         check_length(block, split, &tokens)?;
-        Ok(WholeWindows { tokens, batch, block, next: 0, separator: None })
+        Ok(WholeWindows { tokens, split, batch, block, next: 0, separator: None })
     }
 
     /// The same, with the positions of tokens in their documents, each of which starts at a `separator`.
     pub fn packed(self, separator: i32) -> WholeWindows {
         WholeWindows { separator: Some(separator), ..self }
+    }
+
+    /// The same tokens in windows of another length.
+    pub fn cut(&self, batch: usize, block: usize) -> Result<WholeWindows, BatchError> {
+        let windows = WholeWindows::new(Arc::clone(&self.tokens), self.split, batch, block)?;
+        Ok(WholeWindows { separator: self.separator, ..windows })
+    }
+
+    /// How many tokens the split has.
+    pub fn tokens(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Whether sequences hold several documents.
+    pub fn is_packed(&self) -> bool {
+        self.separator.is_some()
     }
 
     /// How many windows there are.

@@ -12,8 +12,8 @@ use dataflow_kernels::device::{Device, DeviceError};
 use dataflow_ops::loss::CrossEntropy;
 use serde::Serialize;
 
+use crate::data::Batch;
 use crate::data::whole_windows::WholeWindows;
-use crate::data::{Batch, Split, TokenFile};
 use crate::saved::Saved;
 
 /// What a model came to at one context length.
@@ -41,8 +41,8 @@ pub struct Evaluation<'a> {
     pub saved: &'a Saved,
     /// Its config, as it was trained.
     pub scope: Scope,
-    /// Tokens to predict.
-    pub tokens: Arc<TokenFile>,
+    /// Tokens to predict, in windows of any length.
+    pub windows: WholeWindows,
     /// Tokens of a batch, where windows are shorter.
     pub batch_tokens: usize,
     /// The most batches; none for all.
@@ -56,7 +56,7 @@ impl Evaluation<'_> {
     /// Parameters that do not fit, tokens that cannot be read, no memory left.
     pub fn at(&self, block: usize) -> Result<Row, Errors> {
         let none = |ends: String| Row { block, loss: None, perplexity: None, tokens: 0, ends: Some(ends) };
-        let most = self.tokens.len().saturating_sub(1);
+        let most = self.windows.tokens().saturating_sub(1);
         if block > most {
             return Ok(none(format!("the text has {most} tokens to predict")));
         }
@@ -73,7 +73,7 @@ impl Evaluation<'_> {
                 training: false,
                 recurrent: None,
                 target: self.device.target(),
-                packed: false,
+                packed: self.windows.is_packed(),
             },
             objectives: vec![("loss".into(), Arc::new(CrossEntropy {}))],
             optimizer: None,
@@ -88,8 +88,7 @@ impl Evaluation<'_> {
         let mut session = Session::new(self.device.clone(), &compiled, None)?;
         self.saved.fill(&session)?;
         let to_errors = |e: &dyn std::error::Error| Errors::from(Diagnostic::new(e.to_string()));
-        let windows = WholeWindows::new(self.tokens.clone(), Split::Validation, batch, block);
-        let mut windows = windows.map_err(|e| to_errors(&e))?;
+        let mut windows = self.windows.cut(batch, block).map_err(|e| to_errors(&e))?;
         let (mut filled, mut sum, mut tokens) = (Batch::new(1, 1), 0.0, 0);
         for _ in 0..self.batches.unwrap_or(usize::MAX) {
             if !windows.fill(&mut filled).map_err(|e| to_errors(&e))? {
