@@ -1,5 +1,7 @@
 //! Files from the web, checked against their SHA-256 and kept.
 
+mod progress;
+
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -7,6 +9,7 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
+use self::progress::Meter;
 use super::text::hexadecimal;
 use crate::files::{self, FileError};
 
@@ -126,9 +129,10 @@ impl Part {
 
     /// Downloads what is missing; returns the hash of all.
     fn complete(&mut self, url: &str) -> Result<String, DownloadError> {
+        let mut meter = Meter::new(url);
         for tries in 1.. {
             let before = self.bytes;
-            match self.more(url) {
+            match self.more(url, &mut meter) {
                 Ok(()) => break,
                 Err(Broken::Disk(error)) => return Err(error.into()),
                 // a connection that brought something is worth another
@@ -147,7 +151,7 @@ impl Part {
     }
 
     /// One request for the rest.
-    fn more(&mut self, url: &str) -> Result<(), Broken> {
+    fn more(&mut self, url: &str, meter: &mut Meter<'_>) -> Result<(), Broken> {
         let connection = |error: &dyn std::fmt::Display| Broken::Connection(error.to_string());
         let agent = agent();
         let request = match self.bytes {
@@ -165,6 +169,7 @@ impl Part {
             // all of the file comes
             self.restart().map_err(Broken::Disk)?;
         }
+        let total = response.body().content_length().map(|rest| self.bytes + rest);
         let mut body = response.body_mut().with_config().limit(u64::MAX).reader();
         let mut buffer = vec![0; 1 << 16];
         loop {
@@ -179,6 +184,7 @@ impl Part {
             written.map_err(FileError::on("write", &self.path)).map_err(Broken::Disk)?;
             self.hash.update(&buffer[..count]);
             self.bytes += count as u64;
+            meter.bytes(self.bytes, total);
         }
     }
 }
