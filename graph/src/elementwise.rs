@@ -3,7 +3,7 @@
 use dataflow_kernels::cpu::interpreter::{Compiled, MAX_INPUTS, MAX_OUTPUTS, Operand};
 use dataflow_kernels::cuda;
 use dataflow_kernels::cuda::elementwise::Repeat;
-use dataflow_kernels::device::{Kernel, Target};
+use dataflow_kernels::device::{Arguments, Kernel, Target};
 use dataflow_kernels::expression::{Instruction, Program};
 use dataflow_kernels::{Rows, RowsMut};
 
@@ -132,43 +132,86 @@ pub fn lower(program: &Program, node: &NodeView<'_>, target: Target) -> Result<K
 }
 
 /// How each input of `program` repeats.
-fn rules(program: &Program, node: &NodeView<'_>) -> Result<Vec<Broadcast>, OpError> {
-    let shape = &node.outputs[0].shape;
-    let rule = |t: &TensorType| Broadcast::new(&t.shape, shape).ok_or_else(|| "cannot broadcast".into());
-    node.inputs[..program.inputs()].iter().map(rule).collect()
+///
+/// # Errors
+/// Inputs that do not broadcast.
+pub fn rules(program: &Program, inputs: &[TensorType], output: &TensorType) -> Result<Vec<Broadcast>, OpError> {
+    let rule = |t: &TensorType| Broadcast::new(&t.shape, &output.shape).ok_or_else(|| "cannot broadcast".into());
+    inputs[..program.inputs()].iter().map(rule).collect()
 }
 
 fn cuda(program: &Program, node: &NodeView<'_>) -> Result<Kernel, OpError> {
-    let repeats: Vec<Repeat> = rules(program, node)?.into_iter().map(Repeat::from).collect();
+    let repeats: Vec<Repeat> = rules(program, node.inputs, &node.outputs[0])?.into_iter().map(Repeat::from).collect();
     let (program, seed) = (program.clone(), node.seed);
     Ok(Kernel::cuda(move |c| cuda::elementwise::launch(c, &program, &repeats, seed)))
 }
 
 fn cpu(program: &Program, node: &NodeView<'_>) -> Result<Kernel, OpError> {
-    let (n_inputs, n_outputs) = (program.inputs(), program.outputs().len());
-    if n_inputs > MAX_INPUTS || n_outputs > MAX_OUTPUTS {
-        let message = format!("{n_inputs} inputs and {n_outputs} outputs exceed {MAX_INPUTS} and {MAX_OUTPUTS}");
-        return Err(message.into());
-    }
-    let rows = node.outputs[0].rows();
-    let rules = rules(program, node)?;
-    let compiled = Compiled::new(program);
-    let (random, seed) = (program.is_random(), node.seed);
+    let bound = Bound::new(program, node.inputs, &node.outputs[0], node.seed)?;
     Ok(Kernel::cpu(move |a| {
-        let updated = |i: usize| (0..n_outputs).find(|&o| a.in_place(o) == Some(i));
-        let inputs: [Operand<'_>; MAX_INPUTS] = std::array::from_fn(|i| match rules.get(i) {
-            Some(rule) => match updated(i) {
-                Some(o) => Operand::InPlace(o),
-                None => rule.operand(a.rows(i), rows),
-            },
-            None => Operand::Scalar(&0.0),
-        });
-        let mut outputs: [RowsMut<'_>; MAX_OUTPUTS] =
-            std::array::from_fn(|o| if o < n_outputs { a.rows_mut(o) } else { RowsMut::contiguous(&mut [], 1) });
-        let step = if random { a.slice::<i32>(n_inputs)[0] as u64 } else { 0 };
-        compiled.run(&inputs[..n_inputs], &mut outputs[..n_outputs], seed, step);
+        let inputs = bound.inputs(a, Some);
+        let mut outputs = bound.outputs(a);
+        let (n_inputs, n_outputs) = bound.sizes();
+        let step = bound.step(a, n_inputs);
+        bound.compiled.run(&inputs[..n_inputs], &mut outputs[..n_outputs], bound.seed, step);
         Ok(())
     }))
+}
+
+/// A program for the processor, with the way in which its inputs repeat.
+pub struct Bound {
+    /// The program.
+    pub compiled: Compiled,
+    /// Of the run.
+    pub seed: u64,
+    rules: Vec<Broadcast>,
+    rows: usize,
+    outputs: usize,
+    random: bool,
+}
+
+impl Bound {
+    /// For inputs of these types and outputs of that one.
+    ///
+    /// # Errors
+    /// Too many inputs or outputs, or inputs that do not broadcast.
+    pub fn new(program: &Program, inputs: &[TensorType], output: &TensorType, seed: u64) -> Result<Self, OpError> {
+        let (n_inputs, outputs) = (program.inputs(), program.outputs().len());
+        if n_inputs > MAX_INPUTS || outputs > MAX_OUTPUTS {
+            let message = format!("{n_inputs} inputs and {outputs} outputs exceed {MAX_INPUTS} and {MAX_OUTPUTS}");
+            return Err(message.into());
+        }
+        let rules = rules(program, inputs, output)?;
+        let (compiled, rows) = (Compiled::new(program), output.rows());
+        Ok(Self { compiled, seed, rules, rows, outputs, random: program.is_random() })
+    }
+
+    /// Numbers of inputs and outputs.
+    pub fn sizes(&self) -> (usize, usize) {
+        (self.rules.len(), self.outputs)
+    }
+
+    /// The inputs, of which `i` is input `port(i)` of the launch; one that is none is left for the caller to set.
+    pub fn inputs<'a>(&self, a: &Arguments<'a>, port: impl Fn(usize) -> Option<usize>) -> [Operand<'a>; MAX_INPUTS] {
+        let updated = |port: usize| (0..self.outputs).find(|&o| a.in_place(o) == Some(port));
+        std::array::from_fn(|i| match (self.rules.get(i), port(i)) {
+            (Some(rule), Some(port)) => match updated(port) {
+                Some(o) => Operand::InPlace(o),
+                None => rule.operand(a.rows(port), self.rows),
+            },
+            _ => Operand::Scalar(&0.0),
+        })
+    }
+
+    /// The outputs, which are the first ones of the launch.
+    pub fn outputs<'a>(&self, a: &Arguments<'a>) -> [RowsMut<'a>; MAX_OUTPUTS] {
+        std::array::from_fn(|o| if o < self.outputs { a.rows_mut(o) } else { RowsMut::contiguous(&mut [], 1) })
+    }
+
+    /// The number of the step for dropout masks, which a random program finds in input `port` of the launch.
+    pub fn step(&self, a: &Arguments<'_>, port: usize) -> u64 {
+        if self.random { a.slice::<i32>(port)[0] as u64 } else { 0 }
+    }
 }
 
 #[cfg(test)]

@@ -161,6 +161,20 @@ pub struct Recompute {
     pub outputs: Vec<usize>,
 }
 
+/// An elementwise program that reads the result of an op, and is computed together with it, see
+/// [`Op::with_epilogue`].
+#[derive(Clone, Debug)]
+pub struct Epilogue {
+    /// What is computed. All of its outputs have the type of the result.
+    pub program: Program,
+    /// The program's input that is the result. The others are further inputs of the op, behind its own.
+    pub result: usize,
+    /// Whether the result itself is an output too, behind those of the program.
+    pub kept: bool,
+    /// Whether the program's only output overwrites its only other input: a sum over micro-batches.
+    pub updates: bool,
+}
+
 impl dyn Op {
     /// The op as what it is, if it is a `T`.
     pub fn downcast<T: Op>(&self) -> Option<&T> {
@@ -273,6 +287,17 @@ pub trait Op: Any + fmt::Debug + Send + Sync + 'static {
     /// One op instead of this one and a neighbour, of which it is the producer or the consumer. Both are asked, the
     /// consumer first.
     fn merge(&self, _pair: &Pair<'_>) -> Option<Merged> {
+        None
+    }
+
+    /// The op with an elementwise program over its only output, where its kernel can compute that part by part, while a part is
+    /// in the cache.
+    fn with_epilogue(&self, _: Epilogue) -> Option<Arc<dyn Op>> {
+        None
+    }
+
+    /// The epilogue that it has.
+    fn epilogue(&self) -> Option<&Epilogue> {
         None
     }
 

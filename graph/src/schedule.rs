@@ -36,6 +36,7 @@ impl Default for Schedule {
             optional("merge_gradients", systems::merge::merge),
             optional("simplify", systems::simplify::simplify),
             optional("fuse", systems::fuse::fuse),
+            optional("epilogue", systems::epilogue::epilogue),
             optional("rematerialize", systems::rematerialize::rematerialize),
             optional("mixed_precision", systems::mixed_precision::mixed_precision),
             required("order", systems::order::order),

@@ -27,7 +27,8 @@ use dataflow_kernels::device::{Arguments, Kernel, KernelError, Target};
 use dataflow_kernels::expression::Program;
 use dataflow_kernels::{Rows, RowsMut};
 
-use crate::linear::{Linear, product_in};
+use crate::linear::Linear;
+use crate::product::product_in;
 
 /// Logits of a block, where that leaves it rows enough.
 const BLOCK: usize = 8 << 20;

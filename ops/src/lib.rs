@@ -14,6 +14,7 @@ pub mod loss;
 pub mod norm;
 pub mod optimizer;
 mod packed;
+mod product;
 mod recurrent;
 pub mod rotary;
 pub mod scan;

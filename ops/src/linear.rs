@@ -4,23 +4,21 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use dataflow_graph::builtin::{SumTo, sum};
-use dataflow_graph::components::Precision;
 use dataflow_graph::format::number::{Flag, Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::Initializer;
-use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter};
+use dataflow_graph::op::{Cost, Epilogue, Merged, NodeView, Of, Op, OpError, Pair, Parameter};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::systems::compound::Decomposition;
-use dataflow_graph::types::{DType, TensorType};
-use dataflow_kernels::cpu::matmul::{Init, Mat, matmul, matmul_bf16, matmul_on_this_thread};
-use dataflow_kernels::cpu::matvec::{self, Weights};
-use dataflow_kernels::cpu::reduce::copy_rows;
+use dataflow_graph::types::TensorType;
+use dataflow_kernels::cpu::matmul::{Init, Mat, matmul, matmul_on_this_thread};
 use dataflow_kernels::cuda::call::{self as cuda, Product, Start};
 use dataflow_kernels::device::{Kernel, Target};
 use dataflow_kernels::{Rows, RowsMut};
 use serde::{Deserialize, Serialize};
 
 use crate::norm::is_sum;
+use crate::product::{Factors, ProductThen};
 
 /// `y = x W^T + b` on the last dimension: x `[.., in]`, W `[out, in]`, b `[out]`, y `[.., out]`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -92,42 +90,22 @@ impl Op for Linear {
         true
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
-        let (bias, product) = (node.inputs.len() > 2, product_in(node.precision));
-        let narrow = node.inputs[1].dtype == DType::Bf16;
-        let few = node.inputs[0].rows() <= matvec::MOST_ROWS && node.precision == Precision::F32;
-        let bf16 = node.precision == Precision::Bf16;
-        match target {
-            Target::Cuda if narrow => Err(OpError::no_kernel(target)),
-            Target::Cuda => Ok(Kernel::cuda(move |c| {
-                let (a, b) = (cuda::Mat::normal(c.input(0)), cuda::Mat::transposed(c.input(1)));
-                let start = if bias { Start::Bias(c.input(2)) } else { Start::Zero };
-                c.product(Product { a, b, y: c.output(0), start, batches: 1, bf16 })
-            })),
-            Target::Cpu if narrow || few => Ok(Kernel::cpu(move |a| {
-                let weights = if narrow { Weights::Bf16(a.rows(1)) } else { Weights::F32(a.rows(1)) };
-                matvec::product(a.rows(0), weights, bias.then(|| a.slice(2)), a.rows_mut(0));
-                Ok(())
-            })),
-            Target::Cpu => Ok(Kernel::cpu(move |a| {
-                let init = if bias { Init::Bias(a.slice(2)) } else { Init::Zero };
-                product(a.rows_mut(0), Mat::Normal(a.rows(0)), Mat::Transposed(a.rows(1)), init);
-                Ok(())
-            })),
-        }
+        self.factors().lower(node, target, None)
+    }
+    fn with_epilogue(&self, epilogue: Epilogue) -> Option<Arc<dyn Op>> {
+        ProductThen::of(self.factors(), epilogue)
     }
     fn strided(&self) -> bool {
         true
     }
     fn cost(&self, node: &NodeView<'_>) -> Cost {
-        product_cost(node, node.inputs[0].cols())
+        self.factors().cost(node)
     }
 }
 
-/// The product of two matrices with factors of this precision.
-pub(crate) fn product_in(precision: Precision) -> fn(RowsMut<'_>, Mat<'_>, Mat<'_>, Init<'_>) {
-    match precision {
-        Precision::F32 => matmul,
-        Precision::Bf16 => matmul_bf16,
+impl Linear {
+    fn factors(&self) -> Factors {
+        Factors::Forward { bias: *self.bias }
     }
 }
 
@@ -142,12 +120,18 @@ struct LinearInput {
     adding: bool,
 }
 
+impl LinearInput {
+    fn factors(&self) -> Factors {
+        Factors::Input { adding: self.adding }
+    }
+}
+
 impl Op for LinearInput {
     fn arity(&self) -> RangeInclusive<usize> {
         2..=3
     }
     fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
-        Ok(vec![inputs[0].with_cols(inputs[1].cols())])
+        Ok(vec![self.factors().result(inputs)])
     }
     fn merge(&self, pair: &Pair<'_>) -> Option<Merged> {
         let own = pair.producer.downcast::<Self>()?;
@@ -162,24 +146,10 @@ impl Op for LinearInput {
         true
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
-        let (adding, product) = (self.adding, product_in(node.precision));
-        let bf16 = node.precision == Precision::Bf16;
-        match target {
-            Target::Cuda => Ok(Kernel::cuda(move |c| {
-                let (a, b) = (cuda::Mat::normal(c.input(0)), cuda::Mat::normal(c.input(1)));
-                let start = if adding { Start::Add(c.input(2)) } else { Start::Zero };
-                c.product(Product { a, b, y: c.output(0), start, batches: 1, bf16 })
-            })),
-            Target::Cpu => Ok(Kernel::cpu(move |a| {
-                let mut dx = a.rows_mut(0);
-                if adding && a.in_place(0).is_none() {
-                    copy_rows(a.rows(2), dx.reborrow());
-                }
-                let init = if adding { Init::Accumulate } else { Init::Zero };
-                product(dx, Mat::Normal(a.rows(0)), Mat::Normal(a.rows(1)), init);
-                Ok(())
-            })),
-        }
+        self.factors().lower(node, target, None)
+    }
+    fn with_epilogue(&self, epilogue: Epilogue) -> Option<Arc<dyn Op>> {
+        ProductThen::of(self.factors(), epilogue)
     }
     fn in_place(&self) -> Vec<(usize, usize)> {
         if self.adding { vec![(0, 2)] } else { Vec::new() }
@@ -188,7 +158,7 @@ impl Op for LinearInput {
         true
     }
     fn cost(&self, node: &NodeView<'_>) -> Cost {
-        product_cost(node, node.inputs[0].cols())
+        self.factors().cost(node)
     }
 }
 
@@ -201,29 +171,22 @@ impl Op for LinearWeight {
         2..=2
     }
     fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
-        Ok(vec![TensorType::f32([inputs[0].cols(), inputs[1].cols()])])
+        Ok(vec![Factors::Weight.result(inputs)])
     }
     fn products(&self) -> bool {
         true
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
-        let (product, bf16) = (product_in(node.precision), node.precision == Precision::Bf16);
-        match target {
-            Target::Cuda => Ok(Kernel::cuda(move |c| {
-                let (a, b) = (cuda::Mat::transposed(c.input(0)), cuda::Mat::normal(c.input(1)));
-                c.product(Product { a, b, y: c.output(0), start: Start::Zero, batches: 1, bf16 })
-            })),
-            Target::Cpu => Ok(Kernel::cpu(move |a| {
-                product(a.rows_mut(0), Mat::Transposed(a.rows(0)), Mat::Normal(a.rows(1)), Init::Zero);
-                Ok(())
-            })),
-        }
+        Factors::Weight.lower(node, target, None)
+    }
+    fn with_epilogue(&self, epilogue: Epilogue) -> Option<Arc<dyn Op>> {
+        ProductThen::of(Factors::Weight, epilogue)
     }
     fn strided(&self) -> bool {
         true
     }
     fn cost(&self, node: &NodeView<'_>) -> Cost {
-        product_cost(node, node.inputs[0].rows())
+        Factors::Weight.cost(node)
     }
 }
 

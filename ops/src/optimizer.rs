@@ -183,7 +183,7 @@ impl Op for AdamWUpdate {
     fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
         Ok(inputs[3..].chunks(4).flat_map(|p| [p[0].clone(), p[2].clone(), p[3].clone()]).collect())
     }
-    /// A launch for each tensor and line of the formula.
+    /// A launch for each tensor and line of the formula. Where the norm is not finite, each leaves what it would replace.
     fn decompose(&self, d: &mut Decomposition<'_>) -> Result<bool, OpError> {
         let AdamW { betas, eps, decay, clip, .. } = self.settings;
         let (step, lr, norm) = (d.inputs()[0], d.inputs()[1], d.inputs()[2]);
@@ -200,6 +200,12 @@ impl Op for AdamWUpdate {
             d.emit(coefficient, &[norm])
         });
         let clip = clip.transpose()?;
+        let finite = Elementwise::of(1, |b, x| {
+            let infinity = b.constant(f32::INFINITY);
+            let norm = b.abs(x[0]);
+            b.greater(infinity, norm)
+        });
+        let finite = d.emit(finite, &[norm])?;
         let tensors = d.inputs()[3..].to_vec();
         for (tensor, decays) in tensors.chunks_exact(4).zip(&self.decays) {
             let &[mut parameter, mut gradient, mut m, mut v] = tensor else { unreachable!("chunks of four") };
@@ -207,12 +213,12 @@ impl Op for AdamWUpdate {
                 gradient = d.emit(Elementwise::of(2, |b, x| b.mul(x[0], x[1])), &[gradient, clip])?;
             }
             if *decays && decay != 0.0 {
-                let shrink = Advance::of(2, |b, x| {
+                let shrink = Advance::of(1, |b, x| {
                     let share = b.scale(x[1], decay as f32);
                     let rest = b.one_minus(share);
                     b.mul(x[0], rest)
                 });
-                parameter = d.emit(shrink, &[parameter, lr])?;
+                parameter = d.emit(shrink, &[parameter, lr, finite])?;
             }
             let average = |beta: f64| {
                 move |b: &mut Builder, old: Register, new: Register| {
@@ -220,25 +226,25 @@ impl Op for AdamWUpdate {
                     b.add(old, new)
                 }
             };
-            m = d.emit(Advance::of(2, |b, x| average(betas.0)(b, x[0], x[1])), &[m, gradient])?;
+            m = d.emit(Advance::of(1, |b, x| average(betas.0)(b, x[0], x[1])), &[m, gradient, finite])?;
             let square = |b: &mut Builder, x: &[Register]| {
                 let square = b.square(x[1]);
                 average(betas.1)(b, x[0], square)
             };
-            v = d.emit(Advance::of(2, square), &[v, gradient])?;
+            v = d.emit(Advance::of(1, square), &[v, gradient, finite])?;
             let size = Elementwise::of(2, |b, x| {
                 let mean = b.div(x[0], x[1]);
                 let root = b.sqrt(mean);
                 b.offset(root, eps as f32)
             });
             let size = d.emit(size, &[v, second])?;
-            let step = Advance::of(5, |b, x| {
+            let step = Advance::of(4, |b, x| {
                 let rate = b.div(x[3], x[4]);
                 let step = b.div(x[1], x[2]);
                 let step = b.mul(rate, step);
                 b.sub(x[0], step)
             });
-            d.emit(step, &[parameter, m, size, lr, first])?;
+            d.emit(step, &[parameter, m, size, lr, first, finite])?;
         }
         Ok(true)
     }
@@ -309,13 +315,17 @@ impl Op for BiasCorrection {
     }
 }
 
-/// An expression that replaces its first input.
+/// An expression that replaces its first input, unless its last one is 0.
 #[derive(Clone, Debug)]
 struct Advance(Elementwise);
 
 impl Advance {
-    fn of(inputs: usize, form: impl FnOnce(&mut Builder, &[Register]) -> Register) -> Self {
-        Self(Elementwise::of(inputs, form))
+    /// Of a tensor, `others` and the condition.
+    fn of(others: usize, form: impl FnOnce(&mut Builder, &[Register]) -> Register) -> Self {
+        Self(Elementwise::of(others + 2, |b, x| {
+            let new = form(b, x);
+            b.select(x[others + 1], new, x[0])
+        }))
     }
 }
 

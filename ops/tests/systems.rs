@@ -61,6 +61,32 @@ fn systems_that_reorder_no_sum_change_no_bit() {
     }
 }
 
+/// Products take elementwise readers along, forward and backward, and sums over micro-batches.
+#[test]
+fn epilogues_change_no_bit() {
+    for file in models() {
+        let mut request = small(&file, true);
+        request.options.micro_batches = 2;
+        let plain = without(request.clone(), &["epilogue"]);
+        let (with, before) = (train(&request), train(&plain));
+        assert_eq!(with.0, before.0, "{file:?}: losses");
+        for (name, value) in &before.1 {
+            assert!(value == &with.1[name], "{file:?}: {name}");
+        }
+        let launches = |request: &Request| compiled(request).plan.launches;
+        let (with, before) = (launches(&request), launches(&plain));
+        let count = |op: &str| with.iter().filter(|l| l.op.starts_with(op)).count();
+        assert_eq!(
+            count("Accumulate"),
+            before.iter().filter(|l| l.op.starts_with("Accumulate")).count() - count("LinearWeightElementwise")
+        );
+        assert!(count("LinearWeightElementwise") > 4, "{file:?}");
+        let saved = ["LinearElementwise", "LinearInputElementwise", "LinearWeightElementwise"].map(count);
+        println!("{}: {saved:?} of {} launches", file.display(), before.len());
+        assert_eq!(before.len() - with.len(), saved.iter().sum::<usize>(), "{file:?}");
+    }
+}
+
 #[test]
 fn evaluation_gives_the_loss_of_training() {
     for file in models() {

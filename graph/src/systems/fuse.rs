@@ -55,17 +55,17 @@ fn bug(error: OpError) -> Errors {
 }
 
 /// An elementwise node.
-struct Part {
-    node: NodeId,
-    program: Program,
-    inputs: Vec<ValueId>,
-    outputs: Vec<ValueId>,
-    tensor: TensorType,
-    role: Role,
+pub(super) struct Part {
+    pub node: NodeId,
+    pub program: Program,
+    pub inputs: Vec<ValueId>,
+    pub outputs: Vec<ValueId>,
+    pub tensor: TensorType,
+    pub role: Role,
 }
 
 /// The node's program, if it has one and may be fused.
-fn part(world: &World, node: NodeId) -> Option<Part> {
+pub(super) fn part(world: &World, node: NodeId) -> Option<Part> {
     let op = world.get::<OpRef>(node)?.0.clone();
     let mut inputs = world.inputs(node);
     let program = op.expression(inputs.len())?;

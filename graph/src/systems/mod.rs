@@ -5,6 +5,7 @@ pub mod allocate;
 pub mod compound;
 mod contract;
 pub mod differentiate;
+pub mod epilogue;
 pub mod expand;
 pub mod fuse;
 pub mod in_place;

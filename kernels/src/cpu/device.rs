@@ -1,6 +1,5 @@
 //! The processor as a [`Device`].
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,43 +8,10 @@ use std::time::Instant;
 use parking_lot::Mutex;
 
 use super::driver::Driver;
+use super::pages::Pages;
 use super::simd;
 use crate::device::{Buffer, CpuKernel, DType, Device, DeviceError, Element, Kernel, Launch, Operand, Program, Target};
 use crate::{Rows, RowsMut};
-
-/// Memory is aligned to cache lines and to the widest vectors.
-const ALIGNMENT: usize = 64;
-
-struct Memory {
-    ptr: *mut u8,
-    len: usize,
-}
-
-// SAFETY: the bytes are only reached under the device's lock.
-unsafe impl Send for Memory {}
-// SAFETY: as above.
-unsafe impl Sync for Memory {}
-
-impl Memory {
-    fn layout(len: usize) -> Option<Layout> {
-        Layout::from_size_align(len.max(ALIGNMENT), ALIGNMENT).ok()
-    }
-
-    fn zeroed(len: usize) -> Option<Self> {
-        // SAFETY: the size is not zero.
-        let ptr = unsafe { alloc_zeroed(Self::layout(len)?) };
-        (!ptr.is_null()).then_some(Self { ptr, len })
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        if let Some(layout) = Self::layout(self.len) {
-            // SAFETY: allocated with this very layout.
-            unsafe { dealloc(self.ptr, layout) }
-        }
-    }
-}
 
 /// Bytes that can be used before the machine runs out of memory, where the system tells.
 fn available_memory() -> Option<usize> {
@@ -81,7 +47,7 @@ impl CpuDevice {
     }
 }
 
-fn memory(buffer: &Buffer) -> &Memory {
+fn memory(buffer: &Buffer) -> &Pages {
     buffer.memory.downcast_ref().expect("a buffer of another device")
 }
 
@@ -99,22 +65,22 @@ impl Device for CpuDevice {
         if available_memory().is_some_and(|available| bytes > available) {
             return Err(DeviceError::OutOfMemory(bytes));
         }
-        let memory = Memory::zeroed(bytes).ok_or(DeviceError::OutOfMemory(bytes))?;
+        let memory = Pages::zeroed(bytes).ok_or(DeviceError::OutOfMemory(bytes))?;
         Ok(Buffer { len: bytes, memory: Arc::new(memory) })
     }
 
     fn write(&self, to: &Buffer, offset: usize, bytes: &[u8]) {
         assert!(offset + bytes.len() <= to.len);
         let _guard = self.lock.lock();
-        // SAFETY: in range, and the lock makes the access exclusive.
-        unsafe { memory(to).ptr.add(offset).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) }
+        // SAFETY: in range, and the lock, which is held during every access, makes it exclusive.
+        unsafe { memory(to).as_ptr().add(offset).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) }
     }
 
     fn read(&self, from: &Buffer, offset: usize, into: &mut [u8]) {
         assert!(offset + into.len() <= from.len);
         let _guard = self.lock.lock();
         // SAFETY: in range, and the lock makes the access exclusive.
-        unsafe { into.as_mut_ptr().copy_from_nonoverlapping(memory(from).ptr.add(offset), into.len()) }
+        unsafe { into.as_mut_ptr().copy_from_nonoverlapping(memory(from).as_ptr().add(offset), into.len()) }
     }
 
     fn load(&self, launches: Vec<Launch>, buffers: [Buffer; 4]) -> Result<Box<dyn Program>, DeviceError> {
@@ -153,7 +119,7 @@ impl Bound {
         launch.validate(std::array::from_fn(|region| buffers[region].len))?;
         let bind = |operand: &Operand| {
             // SAFETY: in range, which was checked above.
-            let ptr = unsafe { memory(&buffers[operand.region.index()]).ptr.add(operand.offset) };
+            let ptr = unsafe { memory(&buffers[operand.region.index()]).as_ptr().add(operand.offset) };
             Tensor { operand: operand.clone(), ptr, taken: Cell::new(false) }
         };
         let inputs = launch.inputs.iter().map(&bind).collect();

@@ -207,12 +207,46 @@ impl Compiled {
     /// # Panics
     /// If the number of operands or the sizes do not fit.
     pub fn run(&self, inputs: &[Operand<'_>], outputs: &mut [RowsMut<'_>], seed: u64, step: u64) {
+        let Some(mut run) = self.bind(inputs, outputs, seed, step) else { return };
+        run.flatten();
+        run.prefetch = self.steps.len() >= 4 && run.rows * run.cols >= BEYOND_CACHE;
+        let Run { rows, cols, .. } = run;
+        let run = &run;
+        if cols <= GRAIN {
+            let block = GRAIN / cols;
+            parallel_for(rows.div_ceil(block), |i| {
+                let (from, to) = (i * block, ((i + 1) * block).min(rows));
+                // SAFETY: tasks write different rows; `run` was checked against the operands.
+                unsafe { run.part(from..to, 0..cols) };
+            });
+        } else {
+            let pieces = cols.div_ceil(GRAIN);
+            parallel_for(rows * pieces, |i| {
+                let (row, from) = (i / pieces, i % pieces * GRAIN);
+                let columns = from..(from + GRAIN).min(cols);
+                // SAFETY: tasks write different parts of rows; `run` was checked against the operands.
+                unsafe { run.part(row..row + 1, columns) };
+            });
+        }
+    }
+
+    /// The program with its operands, to be run part by part; `None` if there is nothing to compute.
+    ///
+    /// # Panics
+    /// If the number of operands or the sizes do not fit.
+    pub(super) fn bind<'a>(
+        &'a self,
+        inputs: &[Operand<'a>],
+        outputs: &mut [RowsMut<'_>],
+        seed: u64,
+        step: u64,
+    ) -> Option<Run<'a>> {
         assert_eq!(inputs.len(), self.inputs, "operands for the inputs");
         assert_eq!(outputs.len(), self.written.len(), "operands for the outputs");
-        let Some(first) = outputs.first() else { return };
+        let first = outputs.first()?;
         let (rows, cols) = (first.rows(), first.cols());
         if rows == 0 || cols == 0 {
-            return;
+            return None;
         }
         let mut run = Run {
             compiled: self,
@@ -222,7 +256,7 @@ impl Compiled {
             outputs: [(std::ptr::null_mut(), 0); MAX_OUTPUTS],
             deferred: [false; MAX_OUTPUTS],
             masks: [Keep { key: [0; 2], threshold: 0, scale: 1.0 }; MAX_MASKS],
-            prefetch: self.steps.len() >= 4 && rows * cols >= BEYOND_CACHE,
+            prefetch: false,
         };
         for (slot, output) in run.outputs.iter_mut().zip(outputs.iter_mut()) {
             assert_eq!((output.rows(), output.cols()), (rows, cols), "outputs of different sizes");
@@ -262,26 +296,7 @@ impl Compiled {
         for (slot, &(site, p)) in run.masks.iter_mut().zip(&self.masks) {
             *slot = Keep::new(seed, step, site, p);
         }
-        run.flatten();
-        let Run { rows, cols, .. } = run;
-        let buffers = self.buffers() * TILE + LINE;
-        let run = &run;
-        if cols <= GRAIN {
-            let block = GRAIN / cols;
-            parallel_for(rows.div_ceil(block), |i| {
-                let (from, to) = (i * block, ((i + 1) * block).min(rows));
-                // SAFETY: tasks write different rows; `run` was checked against the operands.
-                with_scratch(buffers, |scratch| dispatch(unsafe { Block::new(run, from..to, 0..cols, scratch) }));
-            });
-        } else {
-            let pieces = cols.div_ceil(GRAIN);
-            parallel_for(rows * pieces, |i| {
-                let (row, from) = (i / pieces, i % pieces * GRAIN);
-                let columns = from..(from + GRAIN).min(cols);
-                // SAFETY: tasks write different parts of rows; `run` was checked against the operands.
-                with_scratch(buffers, |scratch| dispatch(unsafe { Block::new(run, row..row + 1, columns, scratch) }));
-            });
-        }
+        Some(run)
     }
 }
 
@@ -295,8 +310,8 @@ struct Layout {
     splat: bool,
 }
 
-/// One call of [`Compiled::run`].
-struct Run<'a> {
+/// A program with its operands.
+pub(super) struct Run<'a> {
     compiled: &'a Compiled,
     rows: usize,
     cols: usize,
@@ -313,6 +328,31 @@ struct Run<'a> {
 unsafe impl Sync for Run<'_> {}
 
 impl Run<'_> {
+    /// Computes the outputs in these rows and columns, on this thread.
+    ///
+    /// # Safety
+    /// The operands must still be valid, the part must lie in the matrix, and nothing else may access it meanwhile.
+    pub(super) unsafe fn part(&self, rows: Range<usize>, cols: Range<usize>) {
+        with_scratch(self.compiled.buffers() * TILE + LINE, |scratch| {
+            // SAFETY: the caller's promise.
+            dispatch(unsafe { Block::new(self, rows, cols, scratch) });
+        });
+    }
+
+    /// Asks for the memory of the operands in these rows and columns to come to the second cache.
+    pub(super) fn ahead(&self, rows: Range<usize>, cols: Range<usize>) {
+        let inputs = self.inputs[..self.compiled.inputs].iter();
+        let inputs = inputs.filter(|l| l.div == 1 && l.modulo == self.rows && !l.splat).map(|l| (l.ptr, l.stride));
+        let outputs =
+            self.outputs[..self.compiled.written.len()].iter().map(|&(ptr, stride)| (ptr.cast_const(), stride));
+        for (ptr, stride) in inputs.chain(outputs) {
+            for row in rows.clone() {
+                let start = ptr.wrapping_add(row * stride + cols.start);
+                (0..cols.len()).step_by(LINE).for_each(|i| prefetch_far(start.wrapping_add(i)));
+            }
+        }
+    }
+
     /// Makes one row of the matrix if nothing depends on where rows end.
     fn flatten(&mut self) {
         let (rows, cols) = (self.rows, self.cols);
@@ -662,6 +702,17 @@ fn prefetch(address: *const f32) {
     // SAFETY: a hint that accesses nothing; every x86-64 has the instruction.
     unsafe {
         std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
+    }
+    let _ = address;
+}
+
+/// As [`prefetch`], into the second cache.
+#[inline(always)]
+fn prefetch_far(address: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: as above.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(address.cast());
     }
     let _ = address;
 }

@@ -2,6 +2,7 @@
 
 pub mod device;
 mod driver;
+mod pages;
 pub mod simd;
 pub mod threads;
 

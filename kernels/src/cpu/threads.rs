@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
+use super::pages::Pages;
+
 /// Runs `task(0) … task(tasks - 1)`, in any order, on the threads of the current pool.
 pub fn parallel_for(tasks: usize, task: impl Fn(usize) + Sync + Send) {
     if tasks <= 1 || rayon::current_num_threads() == 1 {
@@ -29,9 +31,38 @@ thread_local! {
 
 /// A thread's scratch memory.
 struct Scratch {
-    free: Vec<Vec<f32>>,
+    free: Vec<Buffer>,
     /// How many calls of [`with_scratch`] this thread is inside of.
     lent: usize,
+}
+
+/// Elements that start as 0.
+struct Buffer {
+    pages: Pages,
+    /// Elements before the first: buffers on big pages would all start at the same lines of the first cache, and kernels use
+    /// several at once.
+    skip: usize,
+}
+
+impl Buffer {
+    /// # Panics
+    /// If the memory is all used up, as any other allocation.
+    fn new(len: usize) -> Self {
+        static MADE: AtomicUsize = AtomicUsize::new(0);
+        let skip = MADE.fetch_add(1, Ordering::Relaxed) % 12 * 80;
+        let pages = Pages::zeroed((len + skip) * size_of::<f32>()).expect("memory for the scratch of a kernel");
+        Self { pages, skip }
+    }
+
+    fn len(&self) -> usize {
+        self.pages.len() / size_of::<f32>() - self.skip
+    }
+
+    fn slice(&mut self, len: usize) -> &mut [f32] {
+        assert!(len <= self.len());
+        // SAFETY: in range, aligned, initialised as 0, and borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.pages.as_ptr().cast::<f32>().add(self.skip), len) }
+    }
 }
 
 /// The most elements that any call wanted, the most calls inside of each other, and how often either grew.
@@ -53,7 +84,7 @@ pub(super) fn warm() {
     SCRATCH.with_borrow_mut(|scratch| {
         scratch.free.retain(|buffer| buffer.len() >= longest);
         let missing = deepest.saturating_sub(scratch.lent + scratch.free.len());
-        scratch.free.extend((0..missing).map(|_| vec![0.0; longest]));
+        scratch.free.extend((0..missing).map(|_| Buffer::new(longest)));
     });
 }
 
@@ -64,11 +95,11 @@ pub fn with_scratch<R>(len: usize, body: impl FnOnce(&mut [f32]) -> R) -> R {
     let (mut buffer, depth) = SCRATCH.with_borrow_mut(|scratch| {
         scratch.lent += 1;
         let free = &mut scratch.free;
-        // the smallest that fits, else the largest (which is then replaced)
-        let fits = (0..free.len()).filter(|&i| free[i].len() >= len).min_by_key(|&i| free[i].len());
+        // the smallest that fits, of several the one used last, which is in the cache; else the largest (which is then replaced)
+        let fits = (0..free.len()).rev().filter(|&i| free[i].len() >= len).min_by_key(|&i| free[i].len());
         let buffer = match fits.or_else(|| (0..free.len()).max_by_key(|&i| free[i].len())) {
-            Some(i) => free.swap_remove(i),
-            None => Vec::new(),
+            Some(i) => free.remove(i),
+            None => Buffer::new(len),
         };
         (buffer, scratch.lent)
     });
@@ -80,10 +111,10 @@ pub fn with_scratch<R>(len: usize, body: impl FnOnce(&mut [f32]) -> R) -> R {
         GROWTH.fetch_add(usize::from(longer || deeper), Ordering::AcqRel);
     }
     if buffer.len() < len {
-        drop(std::mem::take(&mut buffer));
-        buffer = vec![0.0; len];
+        drop(buffer);
+        buffer = Buffer::new(len);
     }
-    let result = body(&mut buffer[..len]);
+    let result = body(buffer.slice(len));
     SCRATCH.with_borrow_mut(|scratch| scratch.free.push(buffer));
     drop(returned);
     result

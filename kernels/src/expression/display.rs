@@ -37,8 +37,8 @@ impl Unary {
     }
 }
 
-/// `a`, `b`, … `z`, `x26`, `x27`, …
-fn input_name(i: u32) -> String {
+/// The name of an input in a formula: `a`, `b`, … `z`, `x26`, `x27`, …
+pub fn input_name(i: u32) -> String {
     if i < 26 { char::from(b'a' + i as u8).to_string() } else { format!("x{i}") }
 }
 

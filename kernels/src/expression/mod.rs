@@ -12,6 +12,7 @@ mod gradient;
 mod scalar;
 
 pub use builder::Builder;
+pub use display::input_name;
 #[cfg(test)]
 pub(crate) use scalar::erf;
 

@@ -8,10 +8,12 @@ use dataflow_graph::builtin::Elementwise;
 use dataflow_graph::compile::{Compiled, Request, compile};
 use dataflow_graph::components::{OpRef, Target};
 use dataflow_graph::diagnostic::Errors;
+use dataflow_graph::op::Epilogue;
 use dataflow_graph::plan::PlannedLaunch;
 use dataflow_graph::registry::Registry;
 use dataflow_graph::systems::rematerialize::Rematerialized;
 use dataflow_kernels::device::{Operand, Region};
+use dataflow_kernels::expression::input_name;
 use serde_json::json;
 
 use super::model_args::ModelArgs;
@@ -51,9 +53,12 @@ impl Plan {
         for (i, launch) in plan.launches.iter().enumerate() {
             print(&format!("{i:5}  {}\n", describe(launch)));
             // what was fused is a formula of the launch's inputs
-            let elementwise = world.get::<OpRef>(launch.node).and_then(|op| op.0.downcast::<Elementwise>());
-            if let Some(Elementwise { program, .. }) = elementwise {
+            let Some(OpRef(op)) = world.get(launch.node) else { continue };
+            if let Some(Elementwise { program, .. }) = op.downcast() {
                 print(&format!("{:7}{program}\n", ""));
+            }
+            if let Some(Epilogue { program, result, .. }) = op.epilogue() {
+                print(&format!("{:7}{program}, where {} is the product\n", "", input_name(*result as u32)));
             }
         }
         let mib = |bytes: usize| format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64);

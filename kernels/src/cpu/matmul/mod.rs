@@ -7,13 +7,16 @@
 //! results are the same bit for bit on any number of threads. Memory is fastest where rows start at multiples of
 //! 64 bytes, but need not.
 
+mod epilogue;
 mod kernel;
 mod product;
 mod transpose;
 
+pub use epilogue::{Epilogue, matmul_then};
+
 use super::simd::{Level, level};
 use crate::{Rows, RowsMut};
-use product::{Operand, Product};
+use product::{After, Operand, Product};
 
 /// A matrix operand of a product: [`Rows`], or its transpose.
 #[derive(Clone, Copy)]
@@ -62,22 +65,31 @@ pub enum Init<'a> {
 
 /// `c = init + a b` for `a` `[m, k]`, `b` `[k, n]`, `c` `[m, n]`, on all threads.
 pub fn matmul(c: RowsMut<'_>, a: Mat<'_>, b: Mat<'_>, init: Init<'_>) {
-    run(c, a, b, init, true, false);
+    run(c, a, b, init, true, false, None);
 }
 
 /// [`matmul`] with factors rounded to `bf16` (nearest, halves to even) and sums in `f32`. Small products, and those of a few
 /// rows or columns, keep their factors whole: there rounding would cost more than it saves. The sums of a
 /// machine with AVX512-BF16 differ from those of another in their last bits.
 pub fn matmul_bf16(c: RowsMut<'_>, a: Mat<'_>, b: Mat<'_>, init: Init<'_>) {
-    run(c, a, b, init, true, true);
+    run(c, a, b, init, true, true, None);
 }
 
 /// [`matmul`] on the calling thread alone: for small products inside a parallel task.
 pub fn matmul_on_this_thread(c: RowsMut<'_>, a: Mat<'_>, b: Mat<'_>, init: Init<'_>) {
-    run(c, a, b, init, false, false);
+    run(c, a, b, init, false, false, None);
 }
 
-fn run(mut c: RowsMut<'_>, a: Mat<'_>, b: Mat<'_>, init: Init<'_>, parallel: bool, pairs: bool) {
+/// The product; `after` is called for every part of the result once, unless the sizes are [thin](product::is_thin).
+fn run(
+    mut c: RowsMut<'_>,
+    a: Mat<'_>,
+    b: Mat<'_>,
+    init: Init<'_>,
+    parallel: bool,
+    pairs: bool,
+    after: Option<&dyn After>,
+) {
     let (m, k, n) = (a.rows(), a.cols(), b.cols());
     assert!(
         c.rows() == m && c.cols() == n && b.rows() == k,
@@ -105,6 +117,8 @@ fn run(mut c: RowsMut<'_>, a: Mat<'_>, b: Mat<'_>, init: Init<'_>, parallel: boo
         },
         parallel,
         pairs,
+        origin: (0, 0),
+        after,
     };
     // SAFETY: the sizes agree, and `Rows` and `RowsMut` are valid for all their elements.
     unsafe {

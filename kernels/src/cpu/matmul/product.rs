@@ -35,9 +35,17 @@ impl Operand {
     }
 }
 
+/// What follows a product. Parts are rows and columns of `c` as it lies in memory.
+pub(super) trait After: Sync {
+    /// A part is about to be computed.
+    fn ahead(&self, rows: Range<usize>, columns: Range<usize>);
+    /// A part is complete; called once for each element, by the task that has computed it.
+    fn complete(&self, rows: Range<usize>, columns: Range<usize>);
+}
+
 /// `c = start + a b`.
 #[derive(Clone, Copy)]
-pub(super) struct Product {
+pub(super) struct Product<'a> {
     pub m: usize,
     pub n: usize,
     pub k: usize,
@@ -52,12 +60,16 @@ pub(super) struct Product {
     /// Whether the factors are rounded to `bf16` while they are packed, where packing pays. A packed element is then a pair
     /// of them, of two steps of `k`.
     pub pairs: bool,
+    /// The row and column of the whole product at which this part of it starts.
+    pub origin: (usize, usize),
+    /// What follows.
+    pub after: Option<&'a dyn After>,
 }
 
 // SAFETY: the tasks of a product read its operands and write different tiles of its result.
-unsafe impl Send for Product {}
+unsafe impl Send for Product<'_> {}
 // SAFETY: as above.
-unsafe impl Sync for Product {}
+unsafe impl Sync for Product<'_> {}
 
 /// Most steps of `k` in one pass over the packed panels.
 const KC: usize = 384;
@@ -127,9 +139,15 @@ fn piece(i: usize, size: usize, len: usize) -> Range<usize> {
     i * size..((i + 1) * size).min(len)
 }
 
-impl Product {
+/// Whether a product of these sizes may take a route that knows no [`After`].
+pub(super) fn is_thin(m: usize, n: usize) -> bool {
+    m.min(n) <= DOT_MOST
+}
+
+impl Product<'_> {
     /// # Safety
-    /// The operands must be valid for reads and the result for writes.
+    /// The operands must be valid for reads and the result for writes. If there is something to do afterwards, the sizes must
+    /// not be [thin](is_thin).
     pub unsafe fn run<K: Kernel>(mut self, s: K) {
         let (m, n, k) = (self.m, self.n, self.k);
         if m == 0 || n == 0 {
@@ -186,7 +204,16 @@ impl Product {
     /// `c^T = start + b^T a^T`
     fn transposed(self) -> Self {
         let transpose = |x: Operand| Operand { ptr: x.ptr, row: x.col, col: x.row };
-        Self { m: self.n, n: self.m, a: transpose(self.b), b: transpose(self.a), across: !self.across, ..self }
+        let (i, j) = self.origin;
+        Self {
+            m: self.n,
+            n: self.m,
+            a: transpose(self.b),
+            b: transpose(self.a),
+            across: !self.across,
+            origin: (j, i),
+            ..self
+        }
     }
 
     /// Whether the columns of the result fill vectors so badly that its transpose is cheaper.
@@ -211,6 +238,7 @@ impl Product {
             c: self.c.wrapping_add(if self.across { j * self.c_step } else { j }),
             start: if self.across { self.start } else { self.start.skip(j) },
             parallel: false,
+            origin: (self.origin.0, self.origin.1 + j),
             ..*self
         }
     }
@@ -383,7 +411,8 @@ impl Product {
                     } else {
                         self.a_in_place::<K>(rows.start, first)
                     };
-                    self.tiles(s, a, b, depth.len(), rows.clone(), columns.clone(), start);
+                    let last = first + depth.len() == self.k;
+                    self.tiles(s, a, b, depth.len(), rows.clone(), columns.clone(), start, last);
                 }
             }
         };
@@ -428,7 +457,7 @@ impl Product {
         }
     }
 
-    /// All tiles of a block, whose panels are ready.
+    /// All tiles of a block, whose panels are ready; `last` if that completes them.
     #[allow(clippy::too_many_arguments)]
     unsafe fn tiles<K: Kernel>(
         &self,
@@ -439,6 +468,7 @@ impl Product {
         rows: Range<usize>,
         columns: Range<usize>,
         start: Start,
+        last: bool,
     ) {
         // along the rows of the result: they are read and written in order
         for (p, i) in rows.clone().step_by(K::MR).enumerate() {
@@ -455,6 +485,9 @@ impl Product {
                     cols: (columns.end - j).min(K::NR),
                     start: start.skip(if self.across { i } else { j }),
                 };
+                if last && !self.across {
+                    self.follow(i..i + height, j..j + tile.cols, |f, rows, columns| f.ahead(rows, columns));
+                }
                 // SAFETY: the caller's promise.
                 unsafe {
                     let compute = |tile: &Tile| {
@@ -463,6 +496,22 @@ impl Product {
                     if self.across { tile_across(s, height, &tile, compute) } else { compute(&tile) }
                 }
             }
+            // a row of tiles is in the nearest caches; across it would be a few columns of many rows
+            if last && !self.across {
+                self.follow(i..i + height, columns.clone(), |f, rows, columns| f.complete(rows, columns));
+            }
+        }
+        if last && self.across {
+            self.follow(rows, columns, |f, rows, columns| f.complete(rows, columns));
+        }
+    }
+
+    /// Tells what follows about these rows and columns of the result.
+    fn follow(&self, rows: Range<usize>, columns: Range<usize>, tell: impl Fn(&dyn After, Range<usize>, Range<usize>)) {
+        if let Some(after) = self.after.filter(|_| !rows.is_empty() && !columns.is_empty()) {
+            let shift = |range: Range<usize>, by: usize| range.start + by..range.end + by;
+            let (rows, columns) = (shift(rows, self.origin.0), shift(columns, self.origin.1));
+            if self.across { tell(after, columns, rows) } else { tell(after, rows, columns) }
         }
     }
 
@@ -478,13 +527,14 @@ impl Product {
             // SAFETY: the caller's promise: all of b is readable, and the last columns are copied.
             unsafe {
                 let b = Panels { ptr: self.b.at(depth.start, 0).cast_mut(), panel: K::NR, step: self.b.row };
-                self.tiles(s, a, b, depth.len(), 0..self.m, 0..whole, start);
+                let last = i + 1 == pieces;
+                self.tiles(s, a, b, depth.len(), 0..self.m, 0..whole, start, last);
                 if whole < self.n {
                     with_aligned(depth.len() * K::LANES, |p| {
                         let from = self.b.at(depth.start, whole);
                         s.copy(from, self.b.row, depth.len(), self.n - whole, p, K::LANES, K::LANES);
                         let b = Panels { ptr: p, panel: 0, step: K::LANES };
-                        self.tiles(s, a, b, depth.len(), 0..self.m, whole..self.n, start);
+                        self.tiles(s, a, b, depth.len(), 0..self.m, whole..self.n, start, last);
                     });
                 }
             }

@@ -1,0 +1,294 @@
+//! The three products of a linear layer, and what is computed from their results while these are in the cache.
+
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use dataflow_graph::builtin::Elementwise;
+use dataflow_graph::components::Precision;
+use dataflow_graph::elementwise::{Bound, rules};
+use dataflow_graph::op::{Cost, Epilogue, NodeView, Op, OpError, Recompute, Slot};
+use dataflow_graph::types::{DType, TensorType};
+use dataflow_kernels::RowsMut;
+use dataflow_kernels::cpu::interpreter::Operand;
+use dataflow_kernels::cpu::matmul::{self, Init, Mat, matmul, matmul_bf16, matmul_then};
+use dataflow_kernels::cpu::matvec::{self, Weights};
+use dataflow_kernels::cpu::reduce::copy_rows;
+use dataflow_kernels::cuda::call::{self as cuda, Product, Start};
+use dataflow_kernels::cuda::elementwise::{self, Repeat};
+use dataflow_kernels::device::{Arguments, Calls, Kernel, KernelError, Target};
+use dataflow_kernels::expression::Instruction;
+
+/// Which product, with the inputs of its node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Factors {
+    /// (x, W, b?) to `x W^T + b`
+    Forward { bias: bool },
+    /// (dy, W, base?) to `dy W + base`
+    Input { adding: bool },
+    /// (dy, x) to `dy^T x`
+    Weight,
+}
+
+impl Factors {
+    /// Number of inputs.
+    fn inputs(self) -> usize {
+        2 + usize::from(matches!(self, Self::Forward { bias: true } | Self::Input { adding: true }))
+    }
+
+    fn adding(self) -> bool {
+        self == Self::Input { adding: true }
+    }
+
+    /// The type of the result.
+    pub(crate) fn result(self, inputs: &[TensorType]) -> TensorType {
+        match self {
+            Self::Forward { .. } => inputs[0].with_cols(inputs[1].rows()),
+            Self::Input { .. } => inputs[0].with_cols(inputs[1].cols()),
+            Self::Weight => TensorType::f32([inputs[0].cols(), inputs[1].cols()]),
+        }
+    }
+
+    /// The work of the product alone.
+    pub(crate) fn cost(self, node: &NodeView<'_>) -> Cost {
+        let inner = if self == Self::Weight { node.inputs[0].rows() } else { node.inputs[0].cols() };
+        Cost { flops: 2.0 * self.result(node.inputs).elements() as f64 * inner as f64, bytes: node.bytes() }
+    }
+
+    /// The kernel, with or without an epilogue.
+    pub(crate) fn lower(self, node: &NodeView<'_>, target: Target, then: Option<&Epilogue>) -> Result<Kernel, OpError> {
+        // weights in half precision are for decoding alone
+        let narrow = matches!(self, Self::Forward { .. }) && node.inputs[1].dtype == DType::Bf16;
+        match target {
+            Target::Cuda if narrow => Err(OpError::no_kernel(target)),
+            Target::Cuda => self.cuda(node, then),
+            Target::Cpu => self.cpu(node, narrow, then),
+        }
+    }
+
+    fn cuda(self, node: &NodeView<'_>, then: Option<&Epilogue>) -> Result<Kernel, OpError> {
+        let bf16 = node.precision == Precision::Bf16;
+        let product = move |c: &mut Calls<'_>, y: cuda::Tensor| {
+            let (first, second) = (c.input(0), c.input(1));
+            let (a, b) = match self {
+                Self::Forward { .. } => (cuda::Mat::normal(first), cuda::Mat::transposed(second)),
+                Self::Input { .. } => (cuda::Mat::normal(first), cuda::Mat::normal(second)),
+                Self::Weight => (cuda::Mat::transposed(first), cuda::Mat::normal(second)),
+            };
+            let start = match self {
+                Self::Forward { bias: true } => Start::Bias(c.input(2)),
+                Self::Input { adding: true } => Start::Add(c.input(2)),
+                _ => Start::Zero,
+            };
+            c.product(Product { a, b, y, start, batches: 1, bf16 })
+        };
+        let Some(then) = then else { return Ok(Kernel::cuda(move |c| product(c, c.output(0)))) };
+        let inputs = self.then_inputs(node, then);
+        let repeats = rules(&then.program, &inputs, &node.outputs[0])?;
+        let repeats: Vec<Repeat> = repeats.into_iter().map(Repeat::from).collect();
+        let (then, seed) = (then.clone(), node.seed);
+        Ok(Kernel::cuda(move |c| {
+            let outputs: Vec<_> = (0..then.program.outputs().len()).map(|o| c.output(o)).collect();
+            let first = outputs[0];
+            let base_in_first = self.adding() && c.in_place(0) == Some(2);
+            let y = if then.kept {
+                c.output(outputs.len())
+            } else if first.dtype == DType::F32 && (c.in_place(0).is_none() || base_in_first) {
+                first
+            } else {
+                c.scratch(first.rows, first.cols, DType::F32)
+            };
+            product(c, y)?;
+            let port = |i| self.port(&then, i);
+            let inputs: Vec<_> = (0..then.program.inputs()).map(|i| port(i).map_or(y, |p| c.input(p))).collect();
+            let step = then.program.is_random().then(|| c.input(c.inputs() - 1));
+            elementwise::compute(c, &then.program, (&inputs, &repeats), &outputs, step, seed)
+        }))
+    }
+
+    /// The input of the launch that is input `i` of the program; none for the result of the product.
+    fn port(self, then: &Epilogue, i: usize) -> Option<usize> {
+        (i != then.result).then(|| self.inputs() + i - usize::from(i > then.result))
+    }
+
+    /// The types of the program's inputs.
+    fn then_inputs(self, node: &NodeView<'_>, then: &Epilogue) -> Vec<TensorType> {
+        let tensor = |i| self.port(then, i).map_or_else(|| self.result(node.inputs), |port| node.inputs[port].clone());
+        (0..then.program.inputs()).map(tensor).collect()
+    }
+
+    fn cpu(self, node: &NodeView<'_>, narrow: bool, then: Option<&Epilogue>) -> Result<Kernel, OpError> {
+        let pairs = node.precision == Precision::Bf16;
+        let few = node.inputs[0].rows() <= matvec::MOST_ROWS && !pairs && matches!(self, Self::Forward { .. });
+        let thin = narrow || few;
+        let Some(then) = then else {
+            return Ok(Kernel::cpu(move |a| {
+                let mut y = a.rows_mut(0);
+                if thin {
+                    self.few(a, narrow, y);
+                } else {
+                    let (init, (m, n)) = (self.init(a, 0, &mut y), self.mats(a));
+                    if pairs { matmul_bf16(y, m, n, init) } else { matmul(y, m, n, init) }
+                }
+                Ok(())
+            }));
+        };
+        let bound = Bound::new(&then.program, &self.then_inputs(node, then), &node.outputs[0], node.seed)?;
+        let then = then.clone();
+        Ok(Kernel::cpu(move |a| self.cpu_then(a, &bound, &then, thin.then_some(narrow), pairs)))
+    }
+
+    fn cpu_then(
+        self,
+        a: &Arguments<'_>,
+        bound: &Bound,
+        then: &Epilogue,
+        few: Option<bool>,
+        pairs: bool,
+    ) -> Result<(), KernelError> {
+        let (n_inputs, n_outputs) = bound.sizes();
+        let mut inputs = bound.inputs(a, |i| self.port(then, i));
+        let mut outputs = bound.outputs(a);
+        let mut kept = then.kept.then(|| a.rows_mut::<f32>(n_outputs));
+        let step = bound.step(a, a.inputs() - 1);
+        let (inputs, outputs) = (&mut inputs[..n_inputs], &mut outputs[..n_outputs]);
+        if let Some(narrow) = few {
+            self.few(a, narrow, kept.as_mut().unwrap_or(&mut outputs[0]).reborrow());
+            inputs[then.result] = kept.as_ref().map_or(Operand::InPlace(0), |y| Operand::Full(y.as_rows()));
+            bound.compiled.run(inputs, outputs, bound.seed, step);
+            return Ok(());
+        }
+        let holder = if then.kept { n_outputs } else { 0 };
+        let init = self.init(a, holder, kept.as_mut().unwrap_or(&mut outputs[0]));
+        let epilogue =
+            matmul::Epilogue { program: &bound.compiled, inputs, result: then.result, outputs, seed: bound.seed, step };
+        matmul_then(kept, self.mats(a), init, pairs, epilogue);
+        Ok(())
+    }
+}
+
+impl Factors {
+    /// The factors on the processor.
+    fn mats<'a>(self, a: &Arguments<'a>) -> (Mat<'a>, Mat<'a>) {
+        let (first, second) = (a.rows(0), a.rows(1));
+        match self {
+            Self::Forward { .. } => (Mat::Normal(first), Mat::Transposed(second)),
+            Self::Input { .. } => (Mat::Normal(first), Mat::Normal(second)),
+            Self::Weight => (Mat::Transposed(first), Mat::Normal(second)),
+        }
+    }
+
+    /// What the product is added to; a base that does not lie in `y`, which is output `holder`, is copied there.
+    fn init<'a>(self, a: &Arguments<'a>, holder: usize, y: &mut RowsMut<'_>) -> Init<'a> {
+        match self {
+            Self::Forward { bias: true } => Init::Bias(a.slice(2)),
+            Self::Input { adding: true } => {
+                if a.in_place(holder) != Some(2) {
+                    copy_rows(a.rows(2), y.reborrow());
+                }
+                Init::Accumulate
+            }
+            _ => Init::Zero,
+        }
+    }
+
+    /// The product of a few rows, as in decoding, or of weights in half precision.
+    fn few(self, a: &Arguments<'_>, narrow: bool, y: RowsMut<'_>) {
+        let weights = if narrow { Weights::Bf16(a.rows(1)) } else { Weights::F32(a.rows(1)) };
+        let bias = (self == Self::Forward { bias: true }).then(|| a.slice(2));
+        matvec::product(a.rows(0), weights, bias, y);
+    }
+}
+
+/// The product of two matrices with factors of this precision.
+pub(crate) fn product_in(precision: Precision) -> fn(RowsMut<'_>, Mat<'_>, Mat<'_>, Init<'_>) {
+    match precision {
+        Precision::F32 => matmul,
+        Precision::Bf16 => matmul_bf16,
+    }
+}
+
+/// A product and an elementwise program over its result. Its outputs are those of the program, then the result if that is
+/// kept.
+pub(crate) struct ProductThen {
+    factors: Factors,
+    epilogue: Epilogue,
+}
+
+impl ProductThen {
+    pub(crate) fn of(factors: Factors, epilogue: Epilogue) -> Option<Arc<dyn Op>> {
+        Some(Arc::new(Self { factors, epilogue }))
+    }
+
+    fn outputs(&self) -> usize {
+        self.epilogue.program.outputs().len()
+    }
+}
+
+impl fmt::Debug for ProductThen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = match self.factors {
+            Factors::Forward { .. } => "LinearElementwise",
+            Factors::Input { .. } => "LinearInputElementwise",
+            Factors::Weight => "LinearWeightElementwise",
+        };
+        f.debug_tuple(name).field(&self.factors).field(&self.epilogue).finish()
+    }
+}
+
+impl Op for ProductThen {
+    fn arity(&self) -> RangeInclusive<usize> {
+        let n = self.factors.inputs() + self.epilogue.program.inputs() - 1;
+        n..=n
+    }
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        let result = self.factors.result(inputs);
+        Ok(vec![result; self.outputs() + usize::from(self.epilogue.kept)])
+    }
+    fn products(&self) -> bool {
+        true
+    }
+    fn epilogue(&self) -> Option<&Epilogue> {
+        Some(&self.epilogue)
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        self.factors.lower(node, target, Some(&self.epilogue))
+    }
+    /// The output that holds the product's result until the program runs can be nothing else.
+    fn in_place(&self) -> Vec<(usize, usize)> {
+        if self.epilogue.updates {
+            return Vec::new();
+        }
+        let holder = if self.epilogue.kept { self.outputs() } else { 0 };
+        let base = self.factors.adding().then_some((holder, 2));
+        let others = self.factors.inputs()..*self.arity().start();
+        let free = (0..self.outputs()).filter(|o| *o != holder);
+        base.into_iter().chain(free.flat_map(|o| others.clone().map(move |i| (o, i)))).collect()
+    }
+    fn updates(&self) -> Vec<(usize, usize)> {
+        if self.epilogue.updates { vec![(0, self.factors.inputs())] } else { Vec::new() }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+    fn uses_step(&self) -> bool {
+        self.epilogue.program.is_random()
+    }
+    fn recompute(&self) -> Option<Recompute> {
+        let Epilogue { program, kept, .. } = &self.epilogue;
+        if !kept || program.is_random() {
+            return None;
+        }
+        let port = |i| self.factors.port(&self.epilogue, i).map_or(Slot::Output(self.outputs()), Slot::Input);
+        let inputs = (0..program.inputs()).map(port).collect();
+        let op = Arc::new(Elementwise { program: program.clone(), shape: None });
+        Some(Recompute { op, inputs, outputs: (0..self.outputs()).collect() })
+    }
+    fn cost(&self, node: &NodeView<'_>) -> Cost {
+        let works = |i: &&Instruction| !matches!(i, Instruction::Input(_) | Instruction::Constant(_));
+        let per_element = self.epilogue.program.instructions().iter().filter(works).count() as f64;
+        let elements = node.outputs[0].elements() as f64;
+        let product = self.factors.cost(node);
+        Cost { flops: product.flops + per_element * elements, ..product }
+    }
+}
