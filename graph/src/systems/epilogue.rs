@@ -70,7 +70,7 @@ fn attach(world: &mut World, positions: &mut Positions, node: NodeId) -> Result<
             && *world.expect::<Role>(value) == chain.role
             && chain.inputs.iter().filter(|v| **v == value).count() == 1
             && movable(world, producer)
-            && world.expect::<OpRef>(producer).0.uses_step() == false
+            && !world.expect::<OpRef>(producer).0.uses_step()
             && !positions.detour(world, producer, node);
         if fits {
             products.push((port, producer));
