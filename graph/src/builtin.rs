@@ -9,8 +9,8 @@ use dataflow_kernels::expression::{Argument, Builder, Program, Register};
 
 use crate::elementwise::{self, Broadcast};
 use crate::gradient::Gradient;
-use crate::op::{NodeView, Op, OpError};
-use crate::types::TensorType;
+use crate::op::{NodeView, Op, OpError, View};
+use crate::types::{DType, TensorType};
 
 /// An expression over its inputs, all outputs of one shape.
 #[derive(Clone, Debug)]
@@ -150,6 +150,93 @@ pub struct Copy;
 impl Op for Copy {
     fn expression(&self, _: usize) -> Option<Program> {
         Some(Program::new(1, |_, x| vec![x[0]]))
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+}
+
+/// The same numbers in another type, rounded where that has fewer bits; for CUDA devices, see
+/// [`mixed_precision`](crate::systems::mixed_precision).
+#[derive(Clone, Debug)]
+pub struct Cast {
+    /// The type.
+    pub to: DType,
+}
+
+impl Op for Cast {
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        Ok(vec![TensorType { shape: inputs[0].shape.clone(), dtype: self.to }])
+    }
+    fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        match target {
+            // code is generated for the types of the tensors
+            Target::Cuda => elementwise::lower(&Program::new(1, |_, x| vec![x[0]]), node, target),
+            Target::Cpu => Err(OpError::no_kernel(target)),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+}
+
+/// A matrix in another type, with rows and columns of zeros behind its own; for CUDA devices, see
+/// [`align_products`](crate::systems::align_products).
+#[derive(Clone, Debug)]
+pub struct Pad {
+    /// The type.
+    pub to: DType,
+    /// The shape with the zeros.
+    pub shape: Vec<usize>,
+}
+
+impl Op for Pad {
+    fn infer(&self, _: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        Ok(vec![TensorType { shape: self.shape.clone(), dtype: self.to }])
+    }
+    fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
+        match target {
+            Target::Cuda => Ok(Kernel::cuda(|c| cuda::layout::copy_rows(c, c.input(0), c.output(0)))),
+            Target::Cpu => Err(OpError::no_kernel(target)),
+        }
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+}
+
+/// The first columns of a matrix, where they lie.
+#[derive(Clone, Debug)]
+pub struct FirstColumns {
+    /// How many.
+    pub cols: usize,
+}
+
+impl Op for FirstColumns {
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        Ok(vec![inputs[0].with_cols(self.cols)])
+    }
+    fn view(&self, _: &[TensorType]) -> Option<View> {
+        Some(View::Columns(vec![0]))
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+}
+
+/// Two matrices side by side, which are made there.
+#[derive(Clone, Debug)]
+pub struct Beside;
+
+impl Op for Beside {
+    fn arity(&self) -> RangeInclusive<usize> {
+        2..=2
+    }
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        Ok(vec![inputs[0].with_cols(inputs[0].cols() + inputs[1].cols())])
+    }
+    fn view(&self, inputs: &[TensorType]) -> Option<View> {
+        Some(View::Gather(vec![0, inputs[0].cols()]))
     }
     fn strided(&self) -> bool {
         true

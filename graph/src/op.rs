@@ -194,6 +194,31 @@ pub struct Recurrent {
     pub limit: Option<usize>,
 }
 
+/// The inputs and outputs of a node that are activations, or gradients of some. See [`Op::activations`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Activations {
+    /// Numbers of inputs, parameters included.
+    pub inputs: Vec<usize>,
+    /// Numbers of outputs.
+    pub outputs: Vec<usize>,
+}
+
+impl Activations {
+    /// These.
+    pub fn new(inputs: impl IntoIterator<Item = usize>, outputs: impl IntoIterator<Item = usize>) -> Self {
+        Self { inputs: inputs.into_iter().collect(), outputs: outputs.into_iter().collect() }
+    }
+}
+
+/// The axes of the matrices of a product: rows and columns of each input and output, by letters. See [`Op::axes`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Axes {
+    /// Of the inputs; a vector has columns alone, and its rows are `'1'`.
+    pub inputs: Vec<[char; 2]>,
+    /// Of the outputs.
+    pub outputs: Vec<[char; 2]>,
+}
+
 /// A registered kind of node.
 pub trait Op: Any + fmt::Debug + Send + Sync + 'static {
     /// How many data inputs a row may give.
@@ -337,6 +362,18 @@ pub trait Op: Any + fmt::Debug + Send + Sync + 'static {
     /// Whether its work is in matrix products, whose factors may be rounded to `bf16` (see [`NodeView::precision`]).
     fn products(&self) -> bool {
         false
+    }
+
+    /// For mixed precision on a CUDA device: which of this many inputs, and which outputs, the kernels take in `bf16` as well
+    /// as in `f32`, all of a launch in one of the two. The others stay `f32`: statistics, states, what is summed over many
+    /// tokens. Elementwise ops need not say: each tensor of theirs may be of either type.
+    fn activations(&self, _inputs: usize) -> Activations {
+        Activations::default()
+    }
+
+    /// For a product of matrices, in whose inputs zeros may be added along the axes `n` and `k`: its axes.
+    fn axes(&self, _inputs: usize) -> Option<Axes> {
+        None
     }
 
     /// What stands in for the op when the model is evaluated: dropout becomes nothing.

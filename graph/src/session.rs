@@ -185,7 +185,7 @@ impl Session {
     pub fn first_not_finite(&mut self) -> Result<Option<&PlannedLaunch>, DeviceError> {
         for at in self.plan.step_range() {
             self.program.run(at..at + 1)?;
-            let outputs = self.plan.launches[at].outputs.iter().filter(|o| o.dtype == DType::F32);
+            let outputs = self.plan.launches[at].outputs.iter().filter(|o| o.dtype != DType::I32);
             if !outputs.clone().all(|operand| self.is_finite(operand)) {
                 return Ok(Some(&self.plan.launches[at]));
             }
@@ -195,8 +195,19 @@ impl Session {
 
     fn is_finite(&self, operand: &Operand) -> bool {
         let span = operand.span();
-        let mut values = vec![0f32; span.len() / operand.dtype.size()];
-        self.device.read(self.buffer(operand.region), span.start, as_bytes_mut(&mut values));
+        let (count, buffer) = (span.len() / operand.dtype.size(), self.buffer(operand.region));
+        let values: Vec<f32> = match operand.dtype {
+            DType::Bf16 => {
+                let mut values = vec![Bf16::default(); count];
+                self.device.read(buffer, span.start, as_bytes_mut(&mut values));
+                values.into_iter().map(Bf16::to_f32).collect()
+            }
+            _ => {
+                let mut values = vec![0f32; count];
+                self.device.read(buffer, span.start, as_bytes_mut(&mut values));
+                values
+            }
+        };
         // between the rows may lie anything
         values.chunks(operand.stride.max(1)).all(|row| row.iter().take(operand.cols).all(|x| x.is_finite()))
     }

@@ -1,19 +1,25 @@
 // Moving and filling: copies between row-strided matrices, constants, counters.
 #include "common.cuh"
+#include "real.cuh"
 
-// y[r, c] = x[r, c] for the rows that x has, 0 below. One thread an element, in a loop over the grid.
-KERNEL copy_rows(Rows<const float> x, Rows<float> y) {
+// Type of what is copied.
+#ifndef FROM
+#define FROM float
+#endif
+
+// y[r, c] = x[r, c] for the rows and columns that x has, 0 behind. One thread an element, in a loop over the grid.
+KERNEL copy_rows(Rows<const FROM> x, Rows<real> y) {
   const long long n = (long long)y.rows * y.cols;
   for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < n; i += (long long)gridDim.x * blockDim.x) {
     const long long r = i / y.cols, c = i % y.cols;
-    y.row(r)[c] = r < x.rows ? x.row(r)[c] : 0.0f;
+    store(y.row(r) + c, r < x.rows && c < x.cols ? to_float(x.row(r)[c]) : 0.0f);
   }
 }
 
-KERNEL fill(Rows<float> y, float value) {
+KERNEL fill(Rows<real> y, float value) {
   const long long n = (long long)y.rows * y.cols;
   for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < n; i += (long long)gridDim.x * blockDim.x)
-    y.row(i / y.cols)[i % y.cols] = value;
+    store(y.row(i / y.cols) + i % y.cols, value);
 }
 
 KERNEL increment(int* counter) { *counter += 1; }

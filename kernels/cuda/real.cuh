@@ -97,7 +97,19 @@ DEVICE float fast_exp2(float x) {
 // e^x for x <= 0, as fast_exp2.
 DEVICE float fast_exp(float x) { return fast_exp2(x * 1.44269504f); }
 
-DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// 1 / x to one unit in the last place.
+DEVICE float fast_reciprocal(float x) {
+#ifdef CUDA_EMULATION
+  return 1.0f / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// 1 / (1 + e^-x), to some units in the last place.
+DEVICE float sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(x * -1.44269504f)); }
 
 // Without a header there is no macro for it.
 #define INFINITE __int_as_float(0x7f800000)

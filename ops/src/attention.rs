@@ -6,7 +6,7 @@ use std::sync::Arc;
 use dataflow_graph::components::Recurrence;
 use dataflow_graph::format::number::{Real, Size};
 use dataflow_graph::gradient::Gradient;
-use dataflow_graph::op::{Cost, NodeView, Op, OpError, Recurrent};
+use dataflow_graph::op::{Activations, Cost, NodeView, Op, OpError, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::attention::{self, Dims};
@@ -127,6 +127,9 @@ impl Op for CausalAttention {
             },
         )))
     }
+    fn activations(&self, _: usize) -> Activations {
+        Activations::new(0..3, [0])
+    }
     fn strided(&self) -> bool {
         true
     }
@@ -175,6 +178,9 @@ impl Op for CausalAttentionGradient {
                 Ok(())
             })),
         }
+    }
+    fn activations(&self, _: usize) -> Activations {
+        Activations::new([0, 1, 2, 3, 5], 0..3)
     }
     fn strided(&self) -> bool {
         true

@@ -8,7 +8,7 @@ use dataflow_graph::components::Recurrence;
 use dataflow_graph::format::number::{Flag, Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::Initializer;
-use dataflow_graph::op::{Cost, NodeView, Op, OpError, Parameter, Recurrent};
+use dataflow_graph::op::{Activations, Cost, NodeView, Op, OpError, Parameter, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::systems::compound::Decomposition;
 use dataflow_graph::types::TensorType;
@@ -142,6 +142,9 @@ impl Op for CausalConv1d {
             },
         )))
     }
+    fn activations(&self, _: usize) -> Activations {
+        Activations::new([0], [0])
+    }
     fn strided(&self) -> bool {
         true
     }
@@ -177,6 +180,9 @@ impl Op for CausalConv1dGradient {
                 Ok(())
             })),
         }
+    }
+    fn activations(&self, _: usize) -> Activations {
+        Activations::new([0, 1], [0])
     }
     fn strided(&self) -> bool {
         true

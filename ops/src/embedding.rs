@@ -7,7 +7,7 @@ use dataflow_graph::components::Recurrence;
 use dataflow_graph::format::number::{Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::Initializer;
-use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter, Recurrent};
+use dataflow_graph::op::{Activations, Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::{DType, TensorType};
 use dataflow_kernels::cpu::embedding;
@@ -59,7 +59,6 @@ impl Op for Embedding {
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         match target {
-            Target::Cuda if node.inputs[1].dtype == DType::Bf16 => Err(OpError::no_kernel(target)),
             Target::Cuda => Ok(Kernel::cuda(|c| cuda::embedding::forward(c, c.input(0), c.input(1), c.output(0)))),
             Target::Cpu if node.inputs[1].dtype == DType::Bf16 => Ok(Kernel::cpu(|a| {
                 embedding::forward_narrow(a.slice(0), a.rows(1), a.rows_mut(0)).map_err(|e| KernelError(e.to_string()))
@@ -68,6 +67,9 @@ impl Op for Embedding {
                 embedding::forward(a.slice(0), a.slice(1), a.rows_mut(0)).map_err(|e| KernelError(e.to_string()))
             })),
         }
+    }
+    fn activations(&self, _: usize) -> Activations {
+        Activations::new([], [0])
     }
     fn strided(&self) -> bool {
         true
@@ -125,6 +127,9 @@ impl Op for EmbeddingGradient {
     }
     fn in_place(&self) -> Vec<(usize, usize)> {
         if self.adding { vec![(0, 2)] } else { Vec::new() }
+    }
+    fn activations(&self, _: usize) -> Activations {
+        Activations::new([1], [])
     }
     fn cost(&self, node: &NodeView<'_>) -> Cost {
         let dy = &node.inputs[1];

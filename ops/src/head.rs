@@ -17,7 +17,7 @@ use std::sync::Arc;
 use dataflow_graph::builtin::Elementwise;
 use dataflow_graph::components::Precision;
 use dataflow_graph::gradient::Gradient;
-use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair};
+use dataflow_graph::op::{Activations, Cost, Merged, NodeView, Of, Op, OpError, Pair};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::cross_entropy::{Loss, count, forward, forward_backward_in_place};
 use dataflow_kernels::cpu::matmul::{Init, Mat};
@@ -36,6 +36,8 @@ const BLOCK: usize = 8 << 20;
 const LEAST_ROWS: usize = 512;
 /// Most rows of a block.
 const MOST_ROWS: usize = 2048;
+/// Rows of a block on a CUDA device, where a product of few rows leaves most of the device idle.
+const CUDA_ROWS: usize = 8192;
 
 /// (x, W, targets) to the loss, while training dx and dW, and scratch memory: the logits of a block of rows, in
 /// evaluation also their log-sum-exps.
@@ -43,6 +45,7 @@ const MOST_ROWS: usize = 2048;
 struct LinearCrossEntropy {
     /// While training, what the loss is multiplied with before it is differentiated.
     upstream: Option<f32>,
+    target: Target,
 }
 
 /// The head and the loss, if nobody else wants the logits.
@@ -53,15 +56,19 @@ pub(crate) fn merge(pair: &Pair<'_>) -> Option<Merged> {
     }
     let upstream = pair.options.training.then(|| 1.0 / pair.options.micro_batches as f32);
     Some(Merged {
-        op: Arc::new(LinearCrossEntropy { upstream }),
+        op: Arc::new(LinearCrossEntropy { upstream, target: pair.options.target }),
         inputs: vec![Of::Producer(0), Of::Producer(1), Of::Consumer(1)],
         outputs: vec![Of::Consumer(0)],
     })
 }
 
 /// Rows of a block.
-fn block_rows(rows: usize, classes: usize) -> usize {
-    (BLOCK / classes.max(1)).clamp(LEAST_ROWS, MOST_ROWS).min(rows)
+fn block_rows(rows: usize, classes: usize, target: Target) -> usize {
+    let most = match target {
+        Target::Cpu => (BLOCK / classes.max(1)).clamp(LEAST_ROWS, MOST_ROWS),
+        Target::Cuda => CUDA_ROWS,
+    };
+    most.min(rows)
 }
 
 impl Op for LinearCrossEntropy {
@@ -70,7 +77,7 @@ impl Op for LinearCrossEntropy {
     }
     fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
         let (x, weight) = (&inputs[0], &inputs[1]);
-        let block = block_rows(x.rows(), weight.rows());
+        let block = block_rows(x.rows(), weight.rows(), self.target);
         let mut outputs = vec![TensorType::f32([])];
         match self.upstream {
             Some(_) => outputs.extend([x.clone(), weight.clone()]),
@@ -116,6 +123,10 @@ impl Op for LinearCrossEntropy {
                 Ok(())
             })),
         }
+    }
+    fn activations(&self, _: usize) -> Activations {
+        let outputs = if self.upstream.is_some() { vec![1, 3] } else { vec![2] };
+        Activations::new([0, 1], outputs)
     }
     fn cost(&self, node: &NodeView<'_>) -> Cost {
         let (x, weight) = (&node.inputs[0], &node.inputs[1]);

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 use dataflow_graph::format::number::Size;
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::Initializer;
-use dataflow_graph::op::{NodeView, Op, OpError, Parameter, View};
+use dataflow_graph::op::{Activations, NodeView, Op, OpError, Parameter, View};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::reduce::copy_rows;
@@ -78,6 +78,10 @@ impl Op for Split {
     fn view(&self, inputs: &[TensorType]) -> Option<View> {
         Some(View::Columns(starts(&self.widths(inputs[0].cols()).ok()?)))
     }
+    fn activations(&self, _: usize) -> Activations {
+        let parts = self.into.as_ref().map(|n| **n).or(self.sizes.as_ref().map(Vec::len));
+        Activations::new([0], 0..parts.unwrap_or(0))
+    }
     fn strided(&self) -> bool {
         true
     }
@@ -133,6 +137,9 @@ impl Op for Concat {
     }
     fn view(&self, inputs: &[TensorType]) -> Option<View> {
         Some(View::Gather(starts(&inputs.iter().map(TensorType::cols).collect::<Vec<_>>())))
+    }
+    fn activations(&self, inputs: usize) -> Activations {
+        Activations::new(0..inputs, [0])
     }
     fn strided(&self) -> bool {
         true

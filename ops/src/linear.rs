@@ -7,7 +7,7 @@ use dataflow_graph::builtin::{SumTo, sum};
 use dataflow_graph::format::number::{Flag, Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::Initializer;
-use dataflow_graph::op::{Cost, Epilogue, Merged, NodeView, Of, Op, OpError, Pair, Parameter};
+use dataflow_graph::op::{Activations, Axes, Cost, Epilogue, Merged, NodeView, Of, Op, OpError, Pair, Parameter};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::systems::compound::Decomposition;
 use dataflow_graph::types::TensorType;
@@ -95,6 +95,13 @@ impl Op for Linear {
     fn with_epilogue(&self, epilogue: Epilogue) -> Option<Arc<dyn Op>> {
         ProductThen::of(self.factors(), epilogue)
     }
+    fn axes(&self, inputs: usize) -> Option<Axes> {
+        let all = vec![['m', 'k'], ['n', 'k'], ['1', 'n']];
+        Some(Axes { inputs: all.into_iter().take(inputs).collect(), outputs: vec![['m', 'n']] })
+    }
+    fn activations(&self, inputs: usize) -> Activations {
+        Activations::new(0..inputs, [0])
+    }
     fn strided(&self) -> bool {
         true
     }
@@ -154,6 +161,13 @@ impl Op for LinearInput {
     fn in_place(&self) -> Vec<(usize, usize)> {
         if self.adding { vec![(0, 2)] } else { Vec::new() }
     }
+    fn axes(&self, inputs: usize) -> Option<Axes> {
+        let all = vec![['m', 'n'], ['n', 'k'], ['m', 'k']];
+        Some(Axes { inputs: all.into_iter().take(inputs).collect(), outputs: vec![['m', 'k']] })
+    }
+    fn activations(&self, inputs: usize) -> Activations {
+        Activations::new(0..inputs, [0])
+    }
     fn strided(&self) -> bool {
         true
     }
@@ -181,6 +195,9 @@ impl Op for LinearWeight {
     }
     fn with_epilogue(&self, epilogue: Epilogue) -> Option<Arc<dyn Op>> {
         ProductThen::of(Factors::Weight, epilogue)
+    }
+    fn activations(&self, _: usize) -> Activations {
+        Activations::new([0, 1], [])
     }
     fn strided(&self) -> bool {
         true

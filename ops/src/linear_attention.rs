@@ -7,7 +7,7 @@ use std::sync::Arc;
 use dataflow_graph::components::Recurrence;
 use dataflow_graph::format::number::{Flag, Real, Size};
 use dataflow_graph::gradient::Gradient;
-use dataflow_graph::op::{Cost, NodeView, Op, OpError, Recurrent};
+use dataflow_graph::op::{Activations, Cost, NodeView, Op, OpError, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::RowsMut;
@@ -172,6 +172,9 @@ impl Op for Wkv {
             },
         )))
     }
+    fn activations(&self, _: usize) -> Activations {
+        Activations::new(0..3, [0])
+    }
     fn strided(&self) -> bool {
         true
     }
@@ -213,6 +216,9 @@ impl Op for WkvGradient {
                 Ok(())
             })),
         }
+    }
+    fn activations(&self, _: usize) -> Activations {
+        Activations::new([0, 1, 2, 6], 0..3)
     }
     fn strided(&self) -> bool {
         true
@@ -367,6 +373,9 @@ impl Op for Retention {
             ),
         }))
     }
+    fn activations(&self, _: usize) -> Activations {
+        Activations::new(0..3, [0])
+    }
     fn strided(&self) -> bool {
         true
     }
@@ -410,6 +419,9 @@ impl Op for RetentionGradient {
                 Ok(())
             })),
         }
+    }
+    fn activations(&self, _: usize) -> Activations {
+        Activations::new([0, 1, 2, 4], 0..3)
     }
     fn strided(&self) -> bool {
         true
@@ -513,6 +525,9 @@ impl Op for GatedLinearAttention {
             },
         )))
     }
+    fn activations(&self, _: usize) -> Activations {
+        Activations::new(0..4, [0])
+    }
     fn strided(&self) -> bool {
         true
     }
@@ -552,6 +567,9 @@ impl Op for GatedLinearAttentionGradient {
                 Ok(())
             })),
         }
+    }
+    fn activations(&self, _: usize) -> Activations {
+        Activations::new([0, 1, 2, 3, 5], 0..4)
     }
     fn strided(&self) -> bool {
         true

@@ -7,7 +7,7 @@ use dataflow_graph::builtin::{Elementwise, SumTo};
 use dataflow_graph::format::number::{Flag, Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::Initializer;
-use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter, Recompute, Slot};
+use dataflow_graph::op::{Activations, Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter, Recompute, Slot};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::systems::compound::Decomposition;
 use dataflow_graph::types::TensorType;
@@ -178,6 +178,9 @@ macro_rules! norm_op {
             fn merge(&self, pair: &Pair<'_>) -> Option<Merged> {
                 self.form().merge(pair)
             }
+            fn activations(&self, _: usize) -> Activations {
+                Activations::new([0], [0])
+            }
             fn strided(&self) -> bool {
                 true
             }
@@ -259,6 +262,9 @@ impl Op for SumNorm {
             })),
         }
     }
+    fn activations(&self, _: usize) -> Activations {
+        Activations::new([0, 1], [0, 1])
+    }
     fn strided(&self) -> bool {
         true
     }
@@ -280,6 +286,9 @@ impl Op for PlainNorm {
     }
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         self.0.lower(target)
+    }
+    fn activations(&self, _: usize) -> Activations {
+        Activations::new([0], [0])
     }
     fn strided(&self) -> bool {
         true
@@ -338,6 +347,10 @@ impl Op for NormGradient {
                 Ok(())
             })),
         }
+    }
+    fn activations(&self, _: usize) -> Activations {
+        let passing = self.passing.then_some(3 + usize::from(self.form.weight));
+        Activations::new([0, 2].into_iter().chain(passing), [0])
     }
     fn strided(&self) -> bool {
         true

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use dataflow_graph::components::Recurrence;
 use dataflow_graph::format::number::{Real, Size};
 use dataflow_graph::gradient::Gradient;
-use dataflow_graph::op::{Cost, NodeView, Op, OpError, Recurrent};
+use dataflow_graph::op::{Activations, Cost, NodeView, Op, OpError, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::rotary::{self, Direction, Rotation, rotate, rotate_in_place};
@@ -150,6 +150,9 @@ impl Op for Rotary {
             move |one, [x], [y]| turn(Direction::Forward, one.len, x, y),
             move |one, _, _, [dy], [dx]| back(Direction::Backward, one.len, dy, dx),
         )))
+    }
+    fn activations(&self, _: usize) -> Activations {
+        Activations::new([0], [0])
     }
     fn strided(&self) -> bool {
         true

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use dataflow_graph::components::Recurrence;
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::initializer::{ElementFormula, Initializer};
-use dataflow_graph::op::{Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter, Recurrent};
+use dataflow_graph::op::{Activations, Cost, Merged, NodeView, Of, Op, OpError, Pair, Parameter, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::RowsMut;
@@ -217,6 +217,9 @@ impl Op for Longhorn {
             },
         )))
     }
+    fn activations(&self, _: usize) -> Activations {
+        Activations::new((0..4).chain(self.gated.then_some(5)), [0])
+    }
     fn strided(&self) -> bool {
         true
     }
@@ -270,6 +273,10 @@ impl Op for LonghornGradient {
                 Ok(())
             })),
         }
+    }
+    fn activations(&self, _: usize) -> Activations {
+        let gate = self.gated.then_some(5);
+        Activations::new((0..4).chain(gate).chain([6 + usize::from(self.gated)]), (0..4).chain(gate))
     }
     fn strided(&self) -> bool {
         true
@@ -361,6 +368,9 @@ impl Op for SelectiveScan {
             },
         )))
     }
+    fn activations(&self, _: usize) -> Activations {
+        Activations::new((0..4).chain(self.gated.then_some(6)), [0])
+    }
     fn strided(&self) -> bool {
         true
     }
@@ -417,6 +427,10 @@ impl Op for SelectiveScanGradient {
                 Ok(())
             })),
         }
+    }
+    fn activations(&self, _: usize) -> Activations {
+        let gate = self.gated.then_some(6);
+        Activations::new((0..4).chain(gate).chain([7 + usize::from(self.gated)]), (0..4).chain(gate))
     }
     fn strided(&self) -> bool {
         true

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use dataflow_graph::components::Recurrence;
 use dataflow_graph::gradient::Gradient;
-use dataflow_graph::op::{Cost, NodeView, Op, OpError, Recurrent};
+use dataflow_graph::op::{Activations, Cost, NodeView, Op, OpError, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::token_shift;
@@ -124,6 +124,9 @@ impl Op for TokenShift {
             },
         )))
     }
+    fn activations(&self, inputs: usize) -> Activations {
+        Activations::new([0], 0..(inputs - 1).max(1))
+    }
     fn strided(&self) -> bool {
         true
     }
@@ -174,6 +177,10 @@ impl Op for TokenShiftGradient {
                 Ok(())
             })),
         }
+    }
+    fn activations(&self, _: usize) -> Activations {
+        let dys = if self.mixes == 0 { 0..0 } else { 1 + self.mixes..1 + 2 * self.mixes };
+        Activations::new([0].into_iter().chain(dys), [0])
     }
     fn strided(&self) -> bool {
         true

@@ -75,7 +75,7 @@ fn ten_steps_of_every_model_match_the_cpu_device() {
             assert!(ran.status.success(), "{model} on {device}: {}{}", ran.out, ran.err);
             metrics(&out)
         };
-        let (cpu, gpu) = (run("cpu", &[]), run("cuda", &[]));
+        let (cpu, gpu) = (run("cpu", &[]), run("cuda", &["--precision", "f32"]));
         assert!(cpu.len() >= 30 && cpu.len() == gpu.len(), "{model}: {} and {} figures", cpu.len(), gpu.len());
         let mut largest = 0.0f64;
         for ((name, a), (_, b)) in cpu.iter().zip(&gpu) {
@@ -83,8 +83,24 @@ fn ten_steps_of_every_model_match_the_cpu_device() {
             largest = largest.max(error);
             assert!(error < 1e-4, "{model}: {name} is {a} on the processor and {b} on the stand-in");
         }
-        assert_eq!(gpu, run("cuda", &["--without", "capture"]), "{model}: launch by launch, other numbers");
-        println!("{model}: {} figures, largest relative difference {largest:.1e}", cpu.len());
+        assert_eq!(
+            gpu,
+            run("cuda", &["--precision", "f32", "--without", "capture"]),
+            "{model}: launch by launch, other numbers"
+        );
+        // the default of the device
+        let narrow = run("cuda", &[]);
+        let mut rounding = 0.0f64;
+        for ((name, a), (_, b)) in cpu.iter().zip(&narrow).filter(|((name, _), _)| name.contains("loss")) {
+            let error = (a - b).abs() / a;
+            rounding = rounding.max(error);
+            assert!(error < 5e-3, "{model} in bf16: {name} is {b}, and {a} in f32");
+        }
+        assert!(narrow != gpu, "{model}: nothing was rounded");
+        let count = cpu.len();
+        println!(
+            "{model}: {count} figures, largest relative difference {largest:.1e}, of losses in bf16 {rounding:.1e}"
+        );
     }
 }
 

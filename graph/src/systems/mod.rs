@@ -1,6 +1,7 @@
 //! The compiler: each system is a function over the world, in a file of its own that states what it reads and
 //! writes. [`Schedule`](crate::schedule::Schedule) lists them in order.
 
+pub mod align_products;
 pub mod allocate;
 pub mod compound;
 mod contract;

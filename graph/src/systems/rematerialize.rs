@@ -403,6 +403,9 @@ fn add_copy(
         world.set(copy, place);
     }
     world.set(copy, Name(name.clone()));
+    if let Some(precision) = world.get::<Precision>(node).copied() {
+        world.set(copy, precision);
+    }
     world.set(copy, Phase::Step);
     world.set(copy, OpRef(op));
     world.set(copy, Late);

@@ -114,6 +114,7 @@ impl Blas {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let Product { a, b, y, start, batches, bf16 } = product;
         let compute = match (bf16, self.tf32) {
+            _ if a.tensor.dtype == DType::Bf16 => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
             (true, _) => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_16BF,
             (false, true) => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
             (false, false) => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,

@@ -444,7 +444,7 @@ impl<'a> Calls<'a> {
     /// Adds a matrix product.
     ///
     /// # Errors
-    /// If sizes differ.
+    /// If sizes or types differ.
     pub fn product(&mut self, product: Product) -> Result<(), KernelError> {
         let Product { a, b, y, start, batches, .. } = product;
         let sides = |m: &Mat| {
@@ -459,6 +459,14 @@ impl<'a> Calls<'a> {
         };
         if batches == 0 || k != l || (m * batches, n) != (y.rows, y.cols) || !start_fits {
             return Err(KernelError(format!("{product:?}: the sizes do not fit")));
+        }
+        let alike = |t: &Tensor| t.dtype == y.dtype;
+        let start_alike = match &start {
+            Start::Zero => true,
+            Start::Add(tensor) | Start::Bias(tensor) => alike(tensor),
+        };
+        if a.tensor.dtype != b.tensor.dtype || !start_alike {
+            return Err(KernelError(format!("{product:?}: factors differ in type, or result and start do")));
         }
         if m * n > 0 {
             self.work.push(Work::Product(product));

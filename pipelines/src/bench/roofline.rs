@@ -4,8 +4,8 @@
 
 use std::sync::Arc;
 
-use dataflow_graph::compile::{Request, compile};
-use dataflow_graph::components::Options;
+use dataflow_graph::compile::{Request, compile_in};
+use dataflow_graph::components::{Options, Precision};
 use dataflow_graph::diagnostic::{Errors, Source};
 use dataflow_graph::format::model::ModelFile;
 use dataflow_graph::op::Cost;
@@ -26,20 +26,20 @@ pub struct Roofline {
 }
 
 impl Roofline {
-    /// Measures a device. Takes about a second on a processor.
+    /// Measures a device, with products of this precision. Takes about a second on a processor.
     ///
     /// # Errors
     /// No memory left (it takes 200 MB, and 1.6 GB on a GPU), or a registry without the ops `Embedding`, `Linear` and `Add`.
-    pub fn measure(registry: &Arc<Registry>, device: &Arc<dyn Device>) -> Result<Self, Errors> {
+    pub fn measure(registry: &Arc<Registry>, device: &Arc<dyn Device>, precision: Precision) -> Result<Self, Errors> {
         // so large that a GPU is busy for much longer than a launch takes
         let (width, rows) = match device.target() {
             Target::Cpu => (1536, 16384),
             Target::Cuda => (4096, 131_072),
         };
         let linear = format!("Linear(out: {width})");
-        let (cost, seconds) = best(registry, device, &linear, "[\"rows\"]", (width, width), 16)?;
+        let (cost, seconds) = best(registry, (device, precision), &linear, "[\"rows\"]", (width, width), 16)?;
         let flops_per_s = cost.flops / seconds;
-        let (cost, seconds) = best(registry, device, "Add", "[\"rows\", \"rows_2\"]", (rows, 1024), 12)?;
+        let (cost, seconds) = best(registry, (device, precision), "Add", "[\"rows\", \"rows_2\"]", (rows, 1024), 12)?;
         Ok(Self { flops_per_s, bytes_per_s: cost.bytes / seconds })
     }
 
@@ -52,7 +52,7 @@ impl Roofline {
 /// The work and the shortest time of the op in `runs` runs, on inputs of `(rows, columns)`.
 fn best(
     registry: &Arc<Registry>,
-    device: &Arc<dyn Device>,
+    (device, precision): (&Arc<dyn Device>, Precision),
     op: &str,
     inputs: &str,
     (rows, columns): (usize, usize),
@@ -67,7 +67,8 @@ fn best(
     );
     let model = Arc::new(ModelFile::parse(Arc::new(Source { name: "the roofline's program".into(), text }))?);
     let scope = model.config(&Default::default())?;
-    let compiled = compile(&Request {
+    let optional = registry.systems.optional().filter(|name| *name != "mixed_precision");
+    let request = Request {
         registry: registry.clone(),
         model,
         scope,
@@ -84,8 +85,9 @@ fn best(
         objectives: Vec::new(),
         optimizer: None,
         memory_budget: None,
-        without: registry.systems.optional().map(String::from).collect(),
-    })?;
+        without: optional.map(String::from).collect(),
+    };
+    let compiled = compile_in(&request, precision)?;
     let mut session = Session::new(device.clone(), &compiled, None)?;
     session.initialize(0)?;
     let tokens: Vec<i32> = (0..rows as i32).map(|i| i % 8).collect();

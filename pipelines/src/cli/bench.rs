@@ -5,14 +5,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
-use dataflow_graph::components::Precision;
 use dataflow_graph::diagnostic::Errors;
 use dataflow_graph::registry::Registry;
 use serde_json::json;
 
 use super::model_args::ModelArgs;
 use super::sample::Weights;
-use super::{DeviceArgs, print, print_json};
+use super::{DeviceArgs, PrecisionArgs, print, print_json};
 use crate::bench::compare::Earlier;
 use crate::bench::decode;
 use crate::bench::launches::{Measured, measure};
@@ -36,9 +35,8 @@ pub(super) struct Bench {
     steps: u32,
     #[command(flatten)]
     device: DeviceArgs,
-    /// Of the factors of matrix products: f32, or bf16 with sums, parameters and activations in f32
-    #[arg(long, value_name = "f32|bf16", default_value_t = Precision::F32)]
-    precision: Precision,
+    #[command(flatten)]
+    precision: PrecisionArgs,
     /// Launches to show, the slowest first
     #[arg(long, value_name = "N", default_value_t = 15)]
     top: usize,
@@ -62,12 +60,12 @@ impl Bench {
             return self.decoding(registry);
         }
         let earlier = self.compare.as_deref().map(Earlier::read).transpose()?;
-        let device = self.device.open(&self.model.without)?;
+        let (device, precision) = self.precision.open(&self.device, &self.model.without, None)?;
         let start = Instant::now();
         let request = self.model.training(registry, device.target())?;
         // every model file of ours has the name; two tokens exist in any other too
         let vocab = request.scope.evaluate("vocab").map_or(2, |v| v.real() as usize);
-        let mut step = TrainingStep::prepare(&request, self.precision, device.clone(), vocab)?;
+        let mut step = TrainingStep::prepare(&request, precision, device.clone(), vocab)?;
         step.run()?;
         let first_step_s = start.elapsed().as_secs_f64();
         for _ in 1..WARMUP {
@@ -75,7 +73,7 @@ impl Bench {
         }
         let seconds = step.time(self.steps as usize)?;
         let peak_rss = peak_resident_bytes();
-        let roofline = Roofline::measure(registry, &device)?;
+        let roofline = Roofline::measure(registry, &device, precision)?;
         let timed = step.time_launches((self.steps as usize).min(PROFILED))?;
         let (launches, ops) = measure(&step.plan().launches, &timed, &roofline);
 
@@ -89,7 +87,7 @@ impl Bench {
                 "batch": self.model.batch,
                 "block": self.model.block,
                 "device": device.describe(),
-                "precision": self.precision.to_string(),
+                "precision": precision.to_string(),
                 "steps": self.steps,
                 "tokens_per_s": tokens / median_s,
                 "step_ms_median": median_s * 1e3,
@@ -107,7 +105,7 @@ impl Bench {
             }));
             return Ok(());
         }
-        print(&format!("device: {}, {}\n", device.describe(), self.precision));
+        print(&format!("device: {}, {}\n", device.describe(), precision));
         print(&format!(
             "roofline: {:.1} GFLOP/s (matrix product), {:.1} GB/s (sum of two tensors)\n\n",
             roofline.flops_per_s / 1e9,

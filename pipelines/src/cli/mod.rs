@@ -17,7 +17,8 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use dataflow_graph::components::{Precision, Target};
 use dataflow_graph::diagnostic::{Diagnostic, Errors};
 use dataflow_graph::format::formula::Number;
 use dataflow_graph::format::number::Scope;
@@ -80,6 +81,45 @@ struct DeviceArgs {
     threads: Option<u16>,
 }
 
+/// In which precision a model runs.
+#[derive(Args)]
+struct PrecisionArgs {
+    /// f32; tf32: products in it, on CUDA; bf16: factors of products, on CUDA all activations, with parameters and sums
+    /// in f32. The default is f32 on the CPU, bf16 on CUDA
+    #[arg(long, value_name = "f32|tf32|bf16")]
+    precision: Option<Precise>,
+}
+
+/// What `--precision` names.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Precise {
+    F32,
+    Tf32,
+    Bf16,
+}
+
+impl PrecisionArgs {
+    /// Opens the device in this precision, or in `default` if none is given, or in that of the device.
+    fn open(
+        &self,
+        device: &DeviceArgs,
+        without: &[String],
+        default: Option<Precise>,
+    ) -> Result<(Arc<dyn Device>, Precision), Errors> {
+        let wanted = self.precision.or(default);
+        if wanted == Some(Precise::Tf32) && device.device == "cpu" {
+            let error = Diagnostic::new("tf32 is a format of CUDA devices");
+            return Err(error.help("use --precision f32 or bf16, or --device cuda").into());
+        }
+        let opened = device.open_with(without, wanted == Some(Precise::Tf32))?;
+        let precision = match (wanted, opened.target()) {
+            (Some(Precise::Bf16), _) | (None, Target::Cuda) => Precision::Bf16,
+            _ => Precision::F32,
+        };
+        Ok((opened, precision))
+    }
+}
+
 impl DeviceArgs {
     /// The threads of the processor that may be used.
     fn threads(&self) -> usize {
@@ -89,6 +129,10 @@ impl DeviceArgs {
 
     /// Opens the device; `without` names what is left out, of which `capture` is the device's.
     fn open(&self, without: &[String]) -> Result<Arc<dyn Device>, Errors> {
+        self.open_with(without, false)
+    }
+
+    fn open_with(&self, without: &[String], tf32: bool) -> Result<Arc<dyn Device>, Errors> {
         match self.device.as_str() {
             "cpu" => {
                 let device = CpuDevice::new(self.threads.map(usize::from)).map_err(Diagnostic::new)?;
@@ -104,7 +148,7 @@ impl DeviceArgs {
                     let message = format!("there is no device `{other}`");
                     return Err(Diagnostic::new(message).help("there are: cpu, cuda, cuda:N").into());
                 };
-                let settings = Settings { ordinal, capture: !without.iter().any(|name| name == CAPTURE), tf32: false };
+                let settings = Settings { ordinal, capture: !without.iter().any(|name| name == CAPTURE), tf32 };
                 Ok(Arc::new(CudaDevice::open(settings).map_err(Diagnostic::new)?))
             }
         }

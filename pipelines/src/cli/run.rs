@@ -4,11 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
-use dataflow_graph::components::Precision;
 use dataflow_graph::diagnostic::{Diagnostic, Errors};
 use dataflow_graph::registry::Registry;
 
-use super::{DeviceArgs, WithoutArgs, print};
+use super::{DeviceArgs, PrecisionArgs, WithoutArgs, print};
 use crate::pipeline::{Pipeline, PipelineFile};
 use crate::report::RunFolder;
 use crate::resume::{Origin, Resume};
@@ -25,9 +24,8 @@ pub(super) struct Run {
     set: Vec<String>,
     #[command(flatten)]
     device: DeviceArgs,
-    /// Of the factors of matrix products: f32, or bf16 with sums, parameters and activations in f32
-    #[arg(long, value_name = "f32|bf16", default_value_t = Precision::F32)]
-    precision: Precision,
+    #[command(flatten)]
+    precision: PrecisionArgs,
     #[command(flatten)]
     without: WithoutArgs,
     /// The folder to write; runs/NAME-NUMBER by default
@@ -64,14 +62,14 @@ impl Run {
             }
         };
         let mut pipeline = Pipeline::new(&file, registry)?;
-        let device = self.device.open(&self.without.without)?;
+        let (device, precision) = self.precision.open(&self.device, &self.without.without, None)?;
         print(&format!("{}: {}\n", path.display(), file.about));
         print(&format!("device: {}\n", device.describe()));
         let mut run = stages::Run {
             registry: registry.clone(),
             device,
             threads: self.device.threads(),
-            precision: self.precision,
+            precision,
             seed: file.seed,
             pipeline: path,
             cache: PathBuf::from("data"),

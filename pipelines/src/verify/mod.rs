@@ -18,6 +18,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use dataflow_graph::components::Precision;
 use dataflow_graph::diagnostic::{Diagnostic, Errors};
 use dataflow_graph::format::model::ModelFile;
 use dataflow_graph::registry::Registry;
@@ -28,6 +29,7 @@ use crate::files::FileError;
 use file::GoldenFile;
 pub use model::Trajectory;
 pub use report::{summary, table};
+use tolerance::Kind;
 
 /// One tensor of a golden file beside this program's.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -105,6 +107,15 @@ impl fmt::Display for List<'_> {
     }
 }
 
+/// What computes the numbers that are compared.
+#[derive(Clone)]
+pub struct On {
+    /// Where programs run.
+    pub device: Arc<dyn Device>,
+    /// The precision that they are compiled for; tolerances follow.
+    pub precision: Precision,
+}
+
 /// Finds the model of a name such as `llama`.
 pub type Models<'a> = dyn Fn(&str) -> Result<Arc<ModelFile>, Errors> + 'a;
 
@@ -130,14 +141,15 @@ pub fn verify_file(
     path: &Path,
     registry: &Arc<Registry>,
     models: &Models<'_>,
-    device: &Arc<dyn Device>,
+    on: &On,
 ) -> Result<Vec<Comparison>, VerifyError> {
     let run = || {
         let file = GoldenFile::read(path)?;
-        let mut judge = Judge { file: path.display().to_string(), comparisons: Vec::new() };
+        let file_name = path.display().to_string();
+        let mut judge = Judge { file: file_name, precision: on.precision, comparisons: Vec::new() };
         match (file.word("op"), file.word("model")) {
-            (Some(op), None) => op::verify(&file, op, registry, device, &mut judge)?,
-            (None, Some(model)) => model::verify(&file, model, registry, models, device, &mut judge)?,
+            (Some(op), None) => op::verify(&file, op, registry, on, &mut judge)?,
+            (None, Some(model)) => model::verify(&file, model, registry, models, on, &mut judge)?,
             (None, None) => {
                 let message = "the metadata names neither an `op` nor a `model`, so this is no golden file";
                 return Err(Problem::Content(message.into()));
@@ -160,12 +172,12 @@ pub fn trajectory(
     path: &Path,
     registry: &Arc<Registry>,
     models: &Models<'_>,
-    device: &Arc<dyn Device>,
+    on: &On,
 ) -> Result<Trajectory, VerifyError> {
     let run = || {
         let file = GoldenFile::read(path)?;
         let model = file.word("model").ok_or_else(|| Problem::Content("the metadata names no `model`".into()))?;
-        model::trajectory(&file, model, registry, models, device)
+        model::trajectory(&file, model, registry, models, on)
     };
     run().map_err(|problem| VerifyError { path: path.to_path_buf(), problem })
 }
@@ -173,12 +185,14 @@ pub fn trajectory(
 /// Collects comparisons.
 struct Judge {
     file: String,
+    precision: Precision,
     comparisons: Vec<Comparison>,
 }
 
 impl Judge {
     /// Compares this program's numbers with the golden ones of the same layout.
-    fn compare(&mut self, tensor: impl Into<String>, ours: &[f32], golden: &[f32], tolerance: f64) {
+    fn compare(&mut self, tensor: impl Into<String>, ours: &[f32], golden: &[f32], kind: Kind) {
+        let tolerance = kind.tolerance(self.precision);
         let relative_error = relative_error(ours, golden);
         let ok = relative_error <= tolerance;
         self.comparisons.push(Comparison {

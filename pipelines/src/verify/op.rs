@@ -6,14 +6,14 @@ use std::sync::Arc;
 use dataflow_graph::format::formula::Number;
 use dataflow_graph::registry::Registry;
 use dataflow_graph::session::Session;
-use dataflow_kernels::device::Device;
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::file::{GoldenFile, Values, pad_rows};
 use super::op_table::{GOLDEN_OPS, GoldenOp};
 use super::program::{Gradients, Rows, Term, check_parameters, output};
-use super::{Judge, Problem, tolerance, update};
+use super::tolerance::Kind;
+use super::{Judge, On, Problem, update};
 
 /// A case as the metadata describes it.
 #[derive(Deserialize)]
@@ -40,15 +40,15 @@ pub(super) fn verify(
     file: &GoldenFile,
     op: &str,
     registry: &Arc<Registry>,
-    device: &Arc<dyn Device>,
+    on: &On,
     judge: &mut Judge,
 ) -> Result<(), Problem> {
     let cases: Vec<Case> = file.json("cases")?;
     for case in &cases {
         match (op, GOLDEN_OPS.iter().find(|o| o.name == op)) {
-            (_, Some(golden)) => verify_case(file, golden, case, registry, device, judge)?,
-            (update::ADAMW, None) => update::adamw(file, case, registry, device, judge)?,
-            (update::CLIP, None) => update::clip(file, case, registry, device, judge)?,
+            (_, Some(golden)) => verify_case(file, golden, case, registry, on, judge)?,
+            (update::ADAMW, None) => update::adamw(file, case, registry, on, judge)?,
+            (update::CLIP, None) => update::clip(file, case, registry, on, judge)?,
             (_, None) => {
                 let mut known: Vec<_> = GOLDEN_OPS.iter().map(|o| o.name).collect();
                 known.extend([update::ADAMW, update::CLIP]);
@@ -103,7 +103,7 @@ fn verify_case(
     golden: &GoldenOp,
     case: &Case,
     registry: &Arc<Registry>,
-    device: &Arc<dyn Device>,
+    on: &On,
     judge: &mut Judge,
 ) -> Result<(), Problem> {
     let offset = if case.attrs.contains_key("offset") { case.attribute("offset")? } else { 0 };
@@ -138,7 +138,7 @@ fn verify_case(
         },
         terms: vec![Term { value: golden.output.into(), shape }],
     };
-    let compiled = rows.compile(registry, Arc::new(Gradients))?;
+    let compiled = rows.compile(registry, on, Arc::new(Gradients))?;
 
     // the op's own tensors are named as the file's with `op.` before them
     let own: HashMap<&str, &str> = compiled
@@ -156,7 +156,7 @@ fn verify_case(
     }
     check_parameters(&what, &compiled.plan, &shapes)?;
 
-    let mut session = Session::new(device.clone(), &compiled, None)?;
+    let mut session = Session::new(on.device.clone(), &compiled, None)?;
     for planned in &session.plan().parameters {
         session.write(&planned.port, &tensors.parameter("in", &planned.parameter.name)?.1);
     }
@@ -167,7 +167,7 @@ fn verify_case(
     session.run_step()?;
     session.check()?;
 
-    judge.compare(tensors.name("out", "y"), &output(&session, golden.output)?, &y, tolerance::VALUES);
+    judge.compare(tensors.name("out", "y"), &output(&session, golden.output)?, &y, Kind::Values);
     for planned in &session.plan().parameters {
         let name = &planned.parameter.name;
         let (shape, gradient) = tensors.parameter("grad", name)?;
@@ -175,7 +175,7 @@ fn verify_case(
         if shape != planned.port.tensor.shape {
             return Err(Problem::Content(format!("`{label}` has another shape than its input")));
         }
-        judge.compare(label, &output(&session, &Gradients::output(name))?, &gradient, tolerance::VALUES);
+        judge.compare(label, &output(&session, &Gradients::output(name))?, &gradient, Kind::Values);
     }
     Ok(())
 }

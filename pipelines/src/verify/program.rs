@@ -7,7 +7,7 @@ use std::sync::Arc;
 use dataflow_graph::build::add_source;
 use dataflow_graph::builtin::{SumTo, sum};
 use dataflow_graph::compile::{Compiled, compile_world};
-use dataflow_graph::components::{Inputs, Name, OpRef, OptimizerRef, Options, Outputs, Phase, Role, Target};
+use dataflow_graph::components::{Inputs, Name, OpRef, OptimizerRef, Options, Outputs, Phase, Role};
 use dataflow_graph::diagnostic::Source;
 use dataflow_graph::format::formula::Number;
 use dataflow_graph::format::model::ModelFile;
@@ -22,7 +22,7 @@ use dataflow_graph::types::TensorType;
 use dataflow_graph::world::{ValueId, World};
 use dataflow_kernels::expression::Program;
 
-use super::Problem;
+use super::{On, Problem};
 
 /// Lets the host read the gradient of every parameter, and changes none.
 #[derive(Debug)]
@@ -100,7 +100,12 @@ pub(super) struct Rows {
 
 impl Rows {
     /// Compiles the rows with their gradient. The values of the terms are outputs by name, their weights inputs.
-    pub(super) fn compile(&self, registry: &Arc<Registry>, optimizer: Arc<dyn Optimizer>) -> Result<Compiled, Problem> {
+    pub(super) fn compile(
+        &self,
+        registry: &Arc<Registry>,
+        on: &On,
+        optimizer: Arc<dyn Optimizer>,
+    ) -> Result<Compiled, Problem> {
         let text = format!("Model(nodes: [{}], output: \"{}\")", self.text, self.output);
         let model = Arc::new(ModelFile::parse(Arc::new(Source { name: self.name.clone(), text }))?);
         let [batch, block] = self.tokens;
@@ -115,9 +120,10 @@ impl Rows {
             seed: 0,
             training: true,
             recurrent: None,
-            target: Target::Cpu,
             packed: false,
+            target: on.device.target(),
         });
+        world.set_resource(on.precision);
         world.set_resource(OptimizerRef(optimizer));
         expand(&mut world)?;
         self.add_loss(&mut world)?;

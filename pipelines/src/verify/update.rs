@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use dataflow_graph::registry::Registry;
 use dataflow_graph::session::Session;
-use dataflow_kernels::device::Device;
 use dataflow_ops::optimizer::{AdamW, Schedule};
 
 use super::file::GoldenFile;
 use super::op::Case;
 use super::program::{Rows, Term};
-use super::{Judge, Problem, tolerance};
+use super::tolerance::Kind;
+use super::{Judge, On, Problem};
 
 /// The file of AdamW.
 pub(super) const ADAMW: &str = "adamw";
@@ -28,7 +28,7 @@ fn session(
     shapes: &[Vec<usize>],
     optimizer: AdamW,
     registry: &Arc<Registry>,
-    device: &Arc<dyn Device>,
+    on: &On,
 ) -> Result<Session, Problem> {
     if shapes.is_empty() {
         return Err(Problem::Content(format!("{} has no tensors", case.name)));
@@ -44,7 +44,7 @@ fn session(
         // the gradient of sum(weights * p) is the weights
         terms: named().map(|(value, shape)| Term { value, shape: shape.clone() }).collect(),
     };
-    Ok(Session::new(device.clone(), &rows.compile(registry, Arc::new(optimizer))?, None)?)
+    Ok(Session::new(on.device.clone(), &rows.compile(registry, on, Arc::new(optimizer))?, None)?)
 }
 
 /// A state of the session, such as `p0.m`.
@@ -67,7 +67,7 @@ pub(super) fn adamw(
     file: &GoldenFile,
     case: &Case,
     registry: &Arc<Registry>,
-    device: &Arc<dyn Device>,
+    on: &On,
     judge: &mut Judge,
 ) -> Result<(), Problem> {
     let name = |kind: &str, letter: char, j: usize| format!("{}/{kind}/{letter}{j}", case.name);
@@ -83,7 +83,7 @@ pub(super) fn adamw(
         decay: case.attribute("weight_decay")?,
         clip: None,
     };
-    let mut session = session(case, &shapes, optimizer, registry, device)?;
+    let mut session = session(case, &shapes, optimizer, registry, on)?;
     let sizes: Vec<usize> = shapes.iter().map(|s| s.iter().product()).collect();
     let mut gradients = Vec::new();
     for (j, &size) in sizes.iter().enumerate() {
@@ -104,11 +104,11 @@ pub(super) fn adamw(
     }
     for (j, after) in after.iter().enumerate() {
         let label = name("out", 'p', j);
-        judge.compare(label.clone(), after, file.real(&label)?.1, tolerance::VALUES);
+        judge.compare(label.clone(), after, file.real(&label)?.1, Kind::Values);
         for moment in ['m', 'v'] {
             let label = name("out", moment, j);
             let found = state(&session, &format!("p{j}.{moment}"))?;
-            judge.compare(label.clone(), &found, file.real(&label)?.1, tolerance::VALUES);
+            judge.compare(label.clone(), &found, file.real(&label)?.1, Kind::Values);
         }
     }
     Ok(())
@@ -120,7 +120,7 @@ pub(super) fn clip(
     file: &GoldenFile,
     case: &Case,
     registry: &Arc<Registry>,
-    device: &Arc<dyn Device>,
+    on: &On,
     judge: &mut Judge,
 ) -> Result<(), Problem> {
     let name = |kind: &str, j: usize| format!("{}/{kind}/g{j}", case.name);
@@ -134,7 +134,7 @@ pub(super) fn clip(
         decay: 0.0,
         clip: Some(case.attribute("max_norm")?),
     };
-    let mut session = session(case, &shapes, optimizer, registry, device)?;
+    let mut session = session(case, &shapes, optimizer, registry, on)?;
     for j in 0..tensors {
         session.write_input(&Term::weights(&format!("p{j}")), file.real(&name("in", j))?.1);
     }
@@ -143,11 +143,11 @@ pub(super) fn clip(
     session.check()?;
     let label = format!("{}/out/norm", case.name);
     let norm = session.scalar("grad_norm").into_iter().collect::<Vec<_>>();
-    judge.compare(label.clone(), &norm, file.real(&label)?.1, tolerance::VALUES);
+    judge.compare(label.clone(), &norm, file.real(&label)?.1, Kind::Values);
     for j in 0..tensors {
         let label = name("out", j);
         let clipped = state(&session, &format!("p{j}.m"))?;
-        judge.compare(label.clone(), &clipped, file.real(&label)?.1, tolerance::VALUES);
+        judge.compare(label.clone(), &clipped, file.real(&label)?.1, Kind::Values);
     }
     Ok(())
 }
