@@ -183,6 +183,14 @@ impl Plan {
         self.parameters.iter().map(|p| p.port.tensor.elements()).sum()
     }
 
+    /// The floating-point operations of an update with so many micro-batches, without what is computed a second time to
+    /// save memory.
+    pub fn update_flops(&self, micro_batches: usize) -> f64 {
+        let sum = |range: Range<usize>| self.launches[range].iter().map(|l| l.cost.flops).sum::<f64>();
+        let again = self.rematerialized.map_or(0.0, |r| r.flops);
+        micro_batches as f64 * (sum(self.step_range()) - again) + sum(self.update_range())
+    }
+
     /// The work of a step with one micro-batch.
     pub fn cost(&self) -> Cost {
         self.launches

@@ -271,6 +271,12 @@ pub trait Device: Send + Sync {
     /// Which kernels it takes.
     fn target(&self) -> Target;
 
+    /// The floating-point operations a second that its maker promises for dense matrix products with factors of this
+    /// type; `None` where that is not known, as of processors.
+    fn peak_flops(&self, _factors: DType) -> Option<f64> {
+        None
+    }
+
     /// Zeroed memory.
     ///
     /// # Errors

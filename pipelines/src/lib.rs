@@ -24,6 +24,7 @@ pub mod serve;
 pub mod signals;
 pub mod stages;
 pub mod trainer;
+pub mod utilization;
 pub mod verify;
 
 pub use app::App;

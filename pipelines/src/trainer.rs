@@ -28,6 +28,7 @@ use crate::saved;
 use crate::signals;
 use crate::stages::optimizer::Optimized;
 use crate::stages::{Hook, StageError};
+use crate::utilization::Utilization;
 
 /// Batches that are filled ahead.
 const PREFETCHED: usize = 4;
@@ -87,6 +88,9 @@ pub struct Trainer {
     /// The state after the last update, once somebody asked for it.
     snapshot: Option<Arc<Snapshot>>,
     notices: Notices,
+    utilization: Option<Utilization>,
+    /// Time that evaluations computed.
+    evaluating: Duration,
 }
 
 /// Where figures go.
@@ -98,8 +102,12 @@ struct Records {
 /// What a run came to.
 #[derive(Clone, Debug)]
 pub struct Summary {
-    /// Seconds of the updates alone, without evaluation.
+    /// Time of the updates alone, with waiting for batches and with updates that were dropped.
     pub training: Duration,
+    /// Time that evaluations computed.
+    pub evaluating: Duration,
+    /// The rest of the loop's time: what snapshots, figures, messages and the batches of evaluations cost it.
+    pub overhead: Duration,
     /// The last evaluation.
     pub evaluation: Option<EvaluationRow>,
     /// Tokens trained on, since the run was started or resumed.
@@ -133,6 +141,7 @@ impl Trainer {
         let mut session =
             Session::new(setup.device.clone(), &compile_in(&setup.request(true), setup.precision)?, None)?;
         session.initialize(setup.seed)?;
+        let utilization = Utilization::new(session.plan(), setup.micro_batches, setup.precision, setup.device.as_ref());
         let (graph, notes) = (state::graph_hash(session.plan()), saved::notes(&setup.optimized.objective.model));
         Ok(Self {
             setup,
@@ -144,6 +153,8 @@ impl Trainer {
             notes,
             snapshot: None,
             notices: Notices::default(),
+            utilization,
+            evaluating: Duration::ZERO,
         })
     }
 
@@ -239,11 +250,12 @@ impl Trainer {
         Ok(snapshot)
     }
 
-    /// Records and shows an evaluation; `exact` if it went over the whole validation split.
+    /// Records and shows an evaluation, which computed for so long; `exact` if it went over the whole validation split.
     ///
     /// # Errors
     /// If an earlier row could not be written.
-    pub fn report_evaluation(&mut self, row: EvaluationRow, exact: bool) -> Result<(), StageError> {
+    pub fn report_evaluation(&mut self, row: EvaluationRow, exact: bool, took: Duration) -> Result<(), StageError> {
+        self.evaluating += took;
         self.last_evaluation = Some(row);
         // the one at hand does not know of it
         self.snapshot = None;
@@ -290,6 +302,8 @@ impl Trainer {
         let mut batch = Batch::new(1, 1);
         let mut summary = Summary {
             training: Duration::ZERO,
+            evaluating: Duration::ZERO,
+            overhead: Duration::ZERO,
             evaluation: None,
             tokens: 0,
             step: 0,
@@ -298,6 +312,8 @@ impl Trainer {
             saved: false,
         };
         let mut dropped = 0;
+        let begin = Instant::now();
+        self.evaluating = Duration::ZERO;
         while self.position.step < steps {
             let step = self.position.step;
             hooks.iter_mut().try_for_each(|hook| hook.after(self, step, false))?;
@@ -333,7 +349,7 @@ impl Trainer {
                 grad_norm,
                 lr: self.session.scalar("lr").unwrap_or(f32::NAN),
                 tokens_per_s: tokens as f64 / took.as_secs_f64(),
-                mfu: None,
+                mfu: self.utilization.map(|u| u.in_seconds(took.as_secs_f64())),
             };
             if !fine {
                 let cause = self.cause(&row)?;
@@ -347,6 +363,7 @@ impl Trainer {
                     return Err(self.not_finite(&cause, dropped));
                 }
                 self.forget_update();
+                summary.training += start.elapsed();
                 self.notices.push(format!("{cause}; the batch is dropped"));
                 continue;
             }
@@ -366,6 +383,8 @@ impl Trainer {
         if summary.stopped.is_none() {
             hooks.iter_mut().try_for_each(|hook| hook.after(self, steps, true))?;
         }
+        summary.evaluating = self.evaluating;
+        summary.overhead = begin.elapsed().saturating_sub(summary.training + summary.evaluating);
         summary.evaluation = self.last_evaluation;
         (summary.step, summary.skipped) = (self.position.step, self.position.skipped);
         Ok(summary)

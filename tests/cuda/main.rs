@@ -137,3 +137,50 @@ fn a_second_start_compiles_nothing() {
     let output = command.env("PATH", "/nowhere").output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
+
+#[test]
+fn a_known_device_has_its_utilization_in_all_figures() {
+    let Some(cuda) = StandIn::find() else { return };
+    let folder = cuda.folder.path();
+    let pipeline = "Pipeline(about: \"\", seed: 1, stages: [
+        (\"text\", Text(from: [File(\"text.txt\")]), []),
+        (\"tokens\", Chars(validation: 0.1), [\"text\"]),
+        (\"batches\", Windows(batch: 2, block: 32), [\"tokens\"]),
+        (\"model\", Model(file: \"small.ron\"), [\"batches\"]),
+        (\"loss\", CrossEntropy, [\"model\", \"batches\"]),
+        (\"optimizer\", AdamW(lr: Constant(1e-3)), [\"loss\"]),
+        (\"train\", Train(steps: 3), [\"optimizer\"])])";
+    let model = "Model(about: \"\", config: {}, nodes: [
+        (\"embedding\", Embedding(rows: 40, dim: 16), [\"tokens\"]),
+        (\"logits\", Linear(out: 40), [\"embedding\"])], output: \"logits\")";
+    fs::write(folder.join("text.txt"), "the quick brown fox jumps over the lazy dog\n".repeat(50)).unwrap();
+    fs::write(folder.join("pipeline.ron"), pipeline).unwrap();
+    fs::write(folder.join("small.ron"), model).unwrap();
+    let ran = cuda.dataflow_in(folder, &["plan", "small.ron", "--batch", "2", "--block", "32", "--json"], 0);
+    assert!(ran.status.success(), "{}", ran.err);
+    let plan: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
+    let flops_per_token = plan["flops_per_step"].as_f64().unwrap() / 64.0;
+    // rates of the data sheet: products of f32 without tensor cores, of bf16 with them
+    for (precision, peak) in [("f32", 66.9e12), ("bf16", 989.4e12)] {
+        let arguments = ["run", "pipeline.ron", "--device", "cuda", "--precision", precision, "--out", precision];
+        let mut command = cuda.command(&arguments, 0);
+        let output = command.current_dir(folder).env("EMULATION_NAME", "NVIDIA H100 80GB HBM3").output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let out = String::from_utf8(output.stdout).unwrap();
+        assert!(out.lines().any(|line| line.starts_with("step 1/3") && line.contains(" % mfu | ")), "{out}");
+        let rows = fs::read_to_string(folder.join(precision).join("metrics.jsonl")).unwrap();
+        assert_eq!(rows.lines().count(), 3);
+        for row in rows.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()) {
+            let achieved = row["mfu"].as_f64().unwrap() * peak;
+            let expected = flops_per_token * row["tokens_per_s"].as_f64().unwrap();
+            assert!((achieved / expected - 1.0).abs() < 0.05, "{achieved} and {expected}: {row}");
+        }
+        let mut entries = fs::read_dir(folder.join(precision)).unwrap().flatten();
+        let events = entries.find(|e| e.file_name().to_string_lossy().contains("tfevents")).unwrap();
+        assert!(fs::read(events.path()).unwrap().windows(9).any(|tag| tag == b"train/mfu"));
+    }
+    // a device without a sheet has none
+    let ran = cuda.dataflow_in(folder, &["run", "pipeline.ron", "--device", "cuda", "--out", "unknown"], 0);
+    assert!(ran.status.success() && !ran.out.contains("mfu"), "{}{}", ran.out, ran.err);
+    assert!(!fs::read_to_string(folder.join("unknown/metrics.jsonl")).unwrap().contains("mfu"));
+}

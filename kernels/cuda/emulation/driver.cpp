@@ -123,7 +123,11 @@ API cuInit(unsigned) { return SUCCESS; }
 API cuDriverGetVersion(int* v) { *v = 13000; return SUCCESS; }
 API cuDeviceGet(int* d, int ordinal) { *d = 0; return ordinal == 0 ? SUCCESS : NO_DEVICE; }
 API cuDeviceGetCount(int* n) { *n = 1; return SUCCESS; }
-API cuDeviceGetName(char* name, int n, int) { snprintf(name, n, "CPU emulation"); return SUCCESS; }
+API cuDeviceGetName(char* name, int n, int) {
+    const char* wanted = getenv("EMULATION_NAME");
+    snprintf(name, n, "%s", wanted ? wanted : "CPU emulation");
+    return SUCCESS;
+}
 API cuDeviceGetAttribute(int* v, int attribute, int) {
   *v = attribute == 75 ? 9 : attribute == 16 ? 4 : 0;  // compute capability 9.0, 4 multiprocessors
   return SUCCESS;

@@ -13,8 +13,9 @@ use parking_lot::Mutex;
 
 use super::blas::{Blas, WORKSPACE};
 use super::compile::Cache;
+use super::peak;
 use super::program::CudaProgram;
-use crate::device::{Buffer, Device, DeviceError, Launch, Program, Target};
+use crate::device::{Buffer, DType, Device, DeviceError, Launch, Program, Target};
 
 /// Bytes of a slot of the staging area; larger writes wait for the device instead.
 const SLOT: usize = 8 << 20;
@@ -298,6 +299,10 @@ impl Device for CudaDevice {
 
     fn target(&self) -> Target {
         Target::Cuda
+    }
+
+    fn peak_flops(&self, factors: DType) -> Option<f64> {
+        peak::flops(&self.shared.name, factors, self.shared.settings.tf32)
     }
 
     fn allocate(&self, bytes: usize) -> Result<Buffer, DeviceError> {

@@ -19,6 +19,7 @@ pub mod linear_attention;
 pub mod norm;
 pub mod optimizer;
 mod partials;
+mod peak;
 mod program;
 pub mod reduce;
 pub mod retention;

@@ -20,6 +20,7 @@ use crate::bench::step::TrainingStep;
 use crate::bench::table::table;
 use crate::bench::{median, peak_resident_bytes};
 use crate::generate::pool::Setup;
+use crate::utilization::Utilization;
 
 /// Steps before the first that counts.
 const WARMUP: usize = 2;
@@ -80,6 +81,7 @@ impl Bench {
         let (median_s, cost) = (median(&seconds), step.plan().cost());
         let tokens = f64::from(self.model.batch) * f64::from(self.model.block);
         let fraction = cost.flops / roofline.flops_per_s / median_s;
+        let mfu = Utilization::new(step.plan(), 1, self.precision, device.as_ref()).map(|u| u.in_seconds(median_s));
         let extreme = |pick: fn(f64, f64) -> f64| seconds.iter().copied().reduce(pick).unwrap_or(0.0) * 1e3;
         if self.json {
             print_json(&json!({
@@ -100,6 +102,7 @@ impl Bench {
                 "flops_per_s": cost.flops / median_s,
                 "roofline": roofline,
                 "roofline_fraction": fraction,
+                "mfu": mfu,
                 "ops": ops,
                 "launches": launches,
             }));
@@ -136,6 +139,9 @@ impl Bench {
             100.0 * fraction,
             first_step_s,
         ));
+        if let Some(mfu) = mfu {
+            print(&format!("model utilization {:.1}% of the device's data sheet\n", 100.0 * mfu));
+        }
         if let Some(bytes) = peak_rss {
             print(&format!("peak memory       {:.0} MB\n", bytes / 1e6));
         }

@@ -117,6 +117,11 @@ fn report(summary: &Summary, folder: &RunFolder) {
     let seconds = summary.training.as_secs_f64();
     let speed = summary.tokens as f64 / seconds.max(1e-9);
     print(&format!("trained on {} tokens in {seconds:.1} s ({speed:.0} tokens/s)\n", summary.tokens));
+    let parts = [summary.training, summary.evaluating, summary.overhead].map(|part| part.as_secs_f64());
+    let [updates, evaluations, rest] = parts.map(|part| 100.0 * part / parts.iter().sum::<f64>().max(1e-9));
+    print(&format!(
+        "time of the loop: updates {updates:.1} %, evaluations {evaluations:.1} %, checkpoints and figures {rest:.2} %\n"
+    ));
     if summary.skipped > 0 {
         print(&format!("batches dropped because they were not finite: {}\n", summary.skipped));
     }

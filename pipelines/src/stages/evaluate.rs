@@ -1,5 +1,7 @@
 //! `Evaluate`: losses on both splits during training, and over the whole validation split at the end.
 
+use std::time::{Duration, Instant};
+
 use dataflow_graph::format::number::Size;
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::session::Session;
@@ -37,6 +39,7 @@ impl Stage for Evaluate {
             batch: Batch::new(1, 1),
             every: *self.every as u64,
             batches: *self.batches as u64,
+            computed: Duration::ZERO,
         };
         run.hooks.push(Box::new(evaluator));
         Ok(Product::Evaluation)
@@ -49,6 +52,8 @@ struct Evaluator {
     batch: Batch,
     every: u64,
     batches: u64,
+    /// Time of the program, without that of making batches.
+    computed: Duration,
 }
 
 /// Means over the answers of some batches.
@@ -63,12 +68,14 @@ impl Evaluator {
     /// Runs the batch in hand and adds its figures.
     fn add(&mut self, mean: &mut Mean) -> Result<(), StageError> {
         let answers = self.batch.answers() as f64;
+        let start = Instant::now();
         self.batch.write_to(&self.session);
         self.session.run_step().map_err(StageError::from_error)?;
         self.session.check().map_err(StageError::from_error)?;
         mean.loss += answers * f64::from(self.session.scalar("loss").unwrap_or(f32::NAN));
         mean.accuracy += answers * f64::from(self.session.scalar("accuracy").unwrap_or(f32::NAN));
         mean.answers += answers;
+        self.computed += start.elapsed();
         Ok(())
     }
 
@@ -115,7 +122,7 @@ impl Hook for Evaluator {
         };
         let accuracy = self.source.has_answers().then_some(val.accuracy);
         let row = EvaluationRow { step: done, eval: Losses { train: train.loss, val: val.loss }, accuracy };
-        trainer.report_evaluation(row, exact)
+        trainer.report_evaluation(row, exact, std::mem::take(&mut self.computed))
     }
 }
 
