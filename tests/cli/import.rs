@@ -6,7 +6,7 @@ use std::io::Write;
 use dataflow::checkpoint::{Tensor, Tensors, tensors};
 use dataflow::saved::Saved;
 
-use super::Folder;
+use super::{Folder, repository};
 
 /// A `torch.save` archive of this pickle and one storage.
 fn archive(folder: &Folder, name: &str, pickle: &[u8], storage: &[u8]) {
@@ -93,4 +93,106 @@ fn safetensors_are_imported_and_misfits_are_listed() {
     assert_eq!((saved.parameters, saved.step, saved.pipeline.is_none()), (all, Some(0), true));
     assert!(folder.fails(&arguments).contains("mine already holds a model"));
     assert!(folder.fails(&["run", "mine"]).contains("mine holds no run to resume"));
+}
+
+/// Names and shapes of state-spaces/mamba-130m, at other sizes: 2 blocks of 16 channels, 40 tokens.
+fn mamba() -> Tensors {
+    let (vocabulary, width, inner, rank, state) = (40, 16, 32, 1, 4);
+    let mut all = vec![
+        ("backbone.embedding.weight".to_string(), vec![vocabulary, width]),
+        ("backbone.norm_f.weight".to_string(), vec![width]),
+    ];
+    for layer in 0..2 {
+        let name = |end: &str| format!("backbone.layers.{layer}.{end}");
+        all.extend([
+            (name("norm.weight"), vec![width]),
+            (name("mixer.in_proj.weight"), vec![2 * inner, width]),
+            (name("mixer.conv1d.weight"), vec![inner, 1, 4]),
+            (name("mixer.conv1d.bias"), vec![inner]),
+            (name("mixer.x_proj.weight"), vec![rank + 2 * state, inner]),
+            (name("mixer.dt_proj.weight"), vec![inner, rank]),
+            (name("mixer.dt_proj.bias"), vec![inner]),
+            (name("mixer.A_log"), vec![inner, state]),
+            (name("mixer.D"), vec![inner]),
+            (name("mixer.out_proj.weight"), vec![width, inner]),
+        ]);
+    }
+    numbered(all)
+}
+
+/// Tensors whose numbers tell them apart.
+fn numbered(shapes: Vec<(String, Vec<usize>)>) -> Tensors {
+    let tensor = |(n, (name, shape)): (usize, (String, Vec<usize>))| {
+        let count = shape.iter().product::<usize>();
+        (name, Tensor::f32(shape, (0..count).map(|i| n as f32 + i as f32 / 1024.0).collect()))
+    };
+    shapes.into_iter().enumerate().map(tensor).collect()
+}
+
+/// Imports the tensors with a mapping of the repository; returns what the run folder has.
+#[track_caller]
+fn mapped(all: &Tensors, model: &str, mapping: &str, sizes: &[&str]) -> Tensors {
+    let folder = Folder::new();
+    tensors::write(&folder.path("a.safetensors"), all, &Default::default()).unwrap();
+    let (model, mapping) = (repository(&format!("models/{model}")), repository(&format!("models/mappings/{mapping}")));
+    let mut arguments = vec!["import", "a.safetensors", "--model", &model, "--mapping", &mapping, "-o", "mine"];
+    sizes.iter().for_each(|s| arguments.extend(["--set", s]));
+    folder.succeeds(&arguments);
+    Saved::open(&folder.path("mine")).unwrap().parameters
+}
+
+#[test]
+fn mamba_under_its_published_names() {
+    let mut all = mamba();
+    all.insert("lm_head.weight".into(), all["backbone.embedding.weight"].clone());
+    let sizes = ["vocab=40", "d_model=16", "blocks=2", "d_state=4"];
+    let found = mapped(&all, "mamba.ron", "mamba_ssm.ron", &sizes);
+    let wanted: Tensors = mamba().into_iter().map(|(name, t)| (format!("transformer.{name}"), t)).collect();
+    assert!(found == wanted, "{:?}", found.keys());
+    // transformers calls the embedding otherwise
+    let embedding = all.remove("backbone.embedding.weight").unwrap();
+    all.insert("backbone.embeddings.weight".into(), embedding);
+    assert!(mapped(&all, "mamba.ron", "mamba_ssm.ron", &sizes) == wanted);
+}
+
+#[test]
+fn llama_under_the_names_of_transformers() {
+    let (vocabulary, width, hidden) = (40, 16, 24);
+    let mut shapes = vec![
+        ("model.embed_tokens.weight".to_string(), vec![vocabulary, width]),
+        ("model.norm.weight".to_string(), vec![width]),
+    ];
+    for layer in 0..2 {
+        let name = |end: &str| format!("model.layers.{layer}.{end}");
+        let squares = ["q_proj", "k_proj", "v_proj", "o_proj"];
+        shapes.extend(squares.map(|n| (name(&format!("self_attn.{n}.weight")), vec![width, width])));
+        shapes.extend([
+            (name("self_attn.rotary_emb.inv_freq"), vec![4]),
+            (name("mlp.gate_proj.weight"), vec![hidden, width]),
+            (name("mlp.up_proj.weight"), vec![hidden, width]),
+            (name("mlp.down_proj.weight"), vec![width, hidden]),
+            (name("input_layernorm.weight"), vec![width]),
+            (name("post_attention_layernorm.weight"), vec![width]),
+        ]);
+    }
+    let mut all = numbered(shapes);
+    all.insert("lm_head.weight".into(), all["model.embed_tokens.weight"].clone());
+    let sizes = ["vocab=40", "d_model=16", "n_layer=2", "n_head=2", "d_hidden=24"];
+    let found = mapped(&all, "llama.ron", "huggingface_llama.ron", &sizes);
+    assert_eq!(found.len(), 2 + 2 * 7, "{:?}", found.keys());
+    let numbers = |tensors: &Tensors, name: &str| tensors[name].as_f32().unwrap().to_vec();
+    for (ours, theirs) in [
+        ("transformer.wte.weight", "model.embed_tokens.weight"),
+        ("transformer.ln_f.weight", "model.norm.weight"),
+        ("transformer.h.1.ln_1.weight", "model.layers.1.input_layernorm.weight"),
+        ("transformer.h.1.ln_2.weight", "model.layers.1.post_attention_layernorm.weight"),
+        ("transformer.h.1.attn.c_proj.weight", "model.layers.1.self_attn.o_proj.weight"),
+        ("transformer.h.1.mlp.fc_1.weight", "model.layers.1.mlp.up_proj.weight"),
+        ("transformer.h.1.mlp.fc_2.weight", "model.layers.1.mlp.gate_proj.weight"),
+        ("transformer.h.1.mlp.c_proj.weight", "model.layers.1.mlp.down_proj.weight"),
+    ] {
+        assert!(numbers(&found, ours) == numbers(&all, theirs), "{ours}");
+    }
+    let stacked = ["q", "k", "v"].map(|n| numbers(&all, &format!("model.layers.1.self_attn.{n}_proj.weight"))).concat();
+    assert!(numbers(&found, "transformer.h.1.attn.c_attn.weight") == stacked);
 }
