@@ -52,8 +52,9 @@ pub fn read(path: &Path) -> Result<Tensors, ImportError> {
     let read = File::open(path).and_then(|mut file| file.read(&mut start)).map_err(FileError::on("read", path))?;
     match &start[..read] {
         b"PK\x03\x04" => torch::read(path),
-        // a pickle of protocol 2 and more, or a tar archive's name: PyTorch before 1.6
-        [0x80, ..] => Err(ImportError::Format {
+        // a pickle of protocol 2 that begins with PyTorch's magic number; the header of a safetensors file may be of a length
+        // whose first byte is that of a pickle too, but not of these 176 MB
+        [0x80, 2, 0x8a, 0x0a] => Err(ImportError::Format {
             path: path.into(),
             what: "a file of PyTorch before 1.6; load it there and save it again, or use safetensors".into(),
         }),
