@@ -81,7 +81,7 @@ impl Bench {
         let (median_s, cost) = (median(&seconds), step.plan().cost());
         let tokens = f64::from(self.model.batch) * f64::from(self.model.block);
         let fraction = cost.flops / roofline.flops_per_s / median_s;
-        let mfu = Utilization::new(step.plan(), 1, self.precision, device.as_ref()).map(|u| u.in_seconds(median_s));
+        let mfu = Utilization::new(step.plan(), 1, precision, device.as_ref()).map(|u| u.in_seconds(median_s));
         let extreme = |pick: fn(f64, f64) -> f64| seconds.iter().copied().reduce(pick).unwrap_or(0.0) * 1e3;
         if self.json {
             print_json(&json!({
