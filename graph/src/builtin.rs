@@ -9,7 +9,7 @@ use dataflow_kernels::expression::{Argument, Builder, Program, Register};
 
 use crate::elementwise::{self, Broadcast};
 use crate::gradient::Gradient;
-use crate::op::{NodeView, Op, OpError, View};
+use crate::op::{Activations, NodeView, Op, OpError, View};
 use crate::types::{DType, TensorType};
 
 /// An expression over its inputs, all outputs of one shape.
@@ -117,6 +117,9 @@ impl Op for SumTo {
         }
         Ok(vec![TensorType::f32(self.shape.clone())])
     }
+    fn activations(&self, _: usize) -> Activations {
+        Activations::new([0], [])
+    }
     fn gradient(&self, g: &mut Gradient<'_>) -> Result<(), OpError> {
         let Some(dy) = g.output_gradient(0) else { return Ok(()) };
         let shape = Some(g.type_of(g.input(0)).shape);
@@ -215,6 +218,25 @@ pub struct FirstColumns {
 impl Op for FirstColumns {
     fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
         Ok(vec![inputs[0].with_cols(self.cols)])
+    }
+    fn view(&self, _: &[TensorType]) -> Option<View> {
+        Some(View::Columns(vec![0]))
+    }
+    fn strided(&self) -> bool {
+        true
+    }
+}
+
+/// The first rows of a matrix, where they lie.
+#[derive(Clone, Debug)]
+pub struct FirstRows {
+    /// How many.
+    pub rows: usize,
+}
+
+impl Op for FirstRows {
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
+        Ok(vec![TensorType { shape: vec![self.rows, inputs[0].cols()], dtype: inputs[0].dtype }])
     }
     fn view(&self, _: &[TensorType]) -> Option<View> {
         Some(View::Columns(vec![0]))

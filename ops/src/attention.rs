@@ -98,12 +98,18 @@ impl Op for CausalAttention {
             limit: Some(recurrence.capacity),
             cache: true,
         };
-        Ok(Some(form.on_cpu(move |[q, k, v], s, [y], [mut keys, mut values]| {
-            for (cache, new) in [(&mut keys, s.of(*k)), (&mut values, s.of(*v))] {
-                (0..s.len).for_each(|t| cache.row(s.position + t).copy_from_slice(new.row(t)));
-            }
-            attention::extend(heads, s.position, s.of(*q), keys.as_rows(), values.as_rows(), y);
-        })))
+        Ok(Some(form.on(
+            move |[q, k, v], s, [y], [mut keys, mut values]| {
+                for (cache, new) in [(&mut keys, s.of(*k)), (&mut values, s.of(*v))] {
+                    (0..s.len).for_each(|t| cache.row(s.position + t).copy_from_slice(new.row(t)));
+                }
+                attention::extend(heads, s.position, s.of(*q), keys.as_rows(), values.as_rows(), y);
+            },
+            move |c, s| {
+                let (given, caches) = ([c.input(0), c.input(1), c.input(2)], [c.output(1), c.output(2)]);
+                dataflow_kernels::cuda::recurrent::attention(c, s, heads, given, caches, c.output(0))
+            },
+        )))
     }
     fn packed(&self, inputs: &[TensorType]) -> Result<Option<Arc<dyn Op>>, OpError> {
         let (dims, p, site) = (self.dims(&inputs[0])?, self.dropout.0 as f32, self.site);

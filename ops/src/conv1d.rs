@@ -111,14 +111,21 @@ impl Op for CausalConv1d {
             limit: None,
             cache: false,
         };
-        Ok(Some(form.on_cpu(move |[x, weight, b], s, [y], [mut window]| {
-            let conv = Conv { weight: flat(weight), bias: bias.then(|| flat(b)), silu };
-            // the kernel reads the old window while it writes the new one
-            with_scratch((width - 1) * channels, |old| {
-                old.copy_from_slice(flat_mut(&mut window));
-                conv1d::forward(conv, s.of(*x), s.len, Some(Rows::contiguous(old, channels)), y, Some(window));
-            });
-        })))
+        Ok(Some(form.on(
+            move |[x, weight, b], s, [y], [mut window]| {
+                let conv = Conv { weight: flat(weight), bias: bias.then(|| flat(b)), silu };
+                // the kernel reads the old window while it writes the new one
+                with_scratch((width - 1) * channels, |old| {
+                    old.copy_from_slice(flat_mut(&mut window));
+                    conv1d::forward(conv, s.of(*x), s.len, Some(Rows::contiguous(old, channels)), y, Some(window));
+                });
+            },
+            move |c, s| {
+                let conv = cuda::Conv { weight: c.input(1), bias: bias.then(|| c.input(2)), silu };
+                let (x, y, window) = (c.input(0), c.output(0), c.output(1));
+                dataflow_kernels::cuda::recurrent::conv1d(c, s, conv, x, window, y)
+            },
+        )))
     }
     fn packed(&self, inputs: &[TensorType]) -> Result<Option<Arc<dyn Op>>, OpError> {
         let (bias, silu) = (*self.bias, self.activation == Activation::Silu);

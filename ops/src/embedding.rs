@@ -184,9 +184,12 @@ impl Op for PositionEmbedding {
         shape.push(*self.dim);
         let results = vec![TensorType::f32(shape)];
         let form = Continuation { op: self, recurrence, inputs: 2, time, results, states: vec![], limit, cache: false };
-        Ok(Some(form.on_cpu(move |[_, table], s, [y], []| {
-            copy_rows(table.slice_rows(s.position, s.position + s.len), y);
-        })))
+        Ok(Some(form.on(
+            move |[_, table], s, [y], []| {
+                copy_rows(table.slice_rows(s.position, s.position + s.len), y);
+            },
+            |c, s| cuda::recurrent::positions(c, s, c.input(1), c.output(0)),
+        )))
     }
     fn packed(&self, inputs: &[TensorType]) -> Result<Option<Arc<dyn Op>>, OpError> {
         let mut shape = inputs[0].shape.clone();

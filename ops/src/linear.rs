@@ -196,6 +196,9 @@ impl Op for LinearWeight {
     fn with_epilogue(&self, epilogue: Epilogue) -> Option<Arc<dyn Op>> {
         ProductThen::of(Factors::Weight, epilogue)
     }
+    fn axes(&self, _: usize) -> Option<Axes> {
+        Some(Axes { inputs: vec![['m', 'n'], ['m', 'k']], outputs: vec![['n', 'k']] })
+    }
     fn activations(&self, _: usize) -> Activations {
         Activations::new([0, 1], [])
     }

@@ -15,6 +15,7 @@ use dataflow_kernels::cpu::threads::with_scratch;
 use dataflow_kernels::cpu::{gla, retention, wkv};
 use dataflow_kernels::cuda;
 use dataflow_kernels::cuda::linear_attention::Decay;
+use dataflow_kernels::cuda::recurrent::Matrix;
 use dataflow_kernels::device::{Kernel, Target};
 use serde::{Deserialize, Serialize};
 
@@ -140,19 +141,26 @@ impl Op for Wkv {
     }
     fn recurrent(&self, inputs: &[TensorType], recurrence: &Recurrence) -> Result<Option<Recurrent>, OpError> {
         let (_, time, cols) = sizes(&inputs[0])?;
-        let dim = head_dim(cols, *self.heads)?;
-        let form = continuing(self, recurrence, (5, time), &inputs[0], [*self.heads, dim, dim]);
-        Ok(Some(form.on_cpu(move |[r, k, v, decay, bonus], s, [y], [mut state]| {
-            let (r, k, v, decay, bonus) = (s.of(*r), s.of(*k), s.of(*v), flat(decay), flat(bonus));
-            let state = flat_mut(&mut state);
-            if s.len == 1 {
-                return wkv::wkv_step(y, state, r, k, v, decay, bonus);
-            }
-            with_scratch(state.len(), |initial| {
-                initial.copy_from_slice(state);
-                wkv::wkv_forward(y, r, k, v, decay, bonus, 1, Some(initial), Some(state), None);
-            });
-        })))
+        let (heads, dim) = (*self.heads, head_dim(cols, *self.heads)?);
+        let form = continuing(self, recurrence, (5, time), &inputs[0], [heads, dim, dim]);
+        Ok(Some(form.on(
+            move |[r, k, v, decay, bonus], s, [y], [mut state]| {
+                let (r, k, v, decay, bonus) = (s.of(*r), s.of(*k), s.of(*v), flat(decay), flat(bonus));
+                let state = flat_mut(&mut state);
+                if s.len == 1 {
+                    return wkv::wkv_step(y, state, r, k, v, decay, bonus);
+                }
+                with_scratch(state.len(), |initial| {
+                    initial.copy_from_slice(state);
+                    wkv::wkv_forward(y, r, k, v, decay, bonus, 1, Some(initial), Some(state), None);
+                });
+            },
+            move |c, s| {
+                let form = Matrix::Wkv { decay: c.input(3), bonus: c.input(4) };
+                let (given, y, state) = ([c.input(0), c.input(1), c.input(2)], c.output(0), c.output(1));
+                cuda::recurrent::matrix(c, s, heads, form, given, state, y)
+            },
+        )))
     }
     fn packed(&self, inputs: &[TensorType]) -> Result<Option<Arc<dyn Op>>, OpError> {
         let (cols, heads) = (inputs[0].cols(), *self.heads);
@@ -336,10 +344,16 @@ impl Op for Retention {
         let dims = self.dims(&inputs[0], &inputs[2])?;
         let state = [dims.heads, dims.key_dim, dims.value_dim];
         let form = continuing(self, recurrence, (3, dims.time), &inputs[2], state);
-        Ok(Some(form.on_cpu(move |[q, k, v], s, [y], [mut state]| {
-            let dims = retention::Dims { batch: 1, time: s.len, ..dims };
-            retention::extend(dims, s.position, s.of(*q), s.of(*k), s.of(*v), flat_mut(&mut state), y);
-        })))
+        Ok(Some(form.on(
+            move |[q, k, v], s, [y], [mut state]| {
+                let dims = retention::Dims { batch: 1, time: s.len, ..dims };
+                retention::extend(dims, s.position, s.of(*q), s.of(*k), s.of(*v), flat_mut(&mut state), y);
+            },
+            move |c, s| {
+                let (given, y, state) = ([c.input(0), c.input(1), c.input(2)], c.output(0), c.output(1));
+                cuda::recurrent::matrix(c, s, dims.heads, Matrix::Retention, given, state, y)
+            },
+        )))
     }
     fn packed(&self, inputs: &[TensorType]) -> Result<Option<Arc<dyn Op>>, OpError> {
         let dims = self.dims(&inputs[0], &inputs[2])?;
@@ -495,18 +509,25 @@ impl Op for GatedLinearAttention {
     fn recurrent(&self, inputs: &[TensorType], recurrence: &Recurrence) -> Result<Option<Recurrent>, OpError> {
         let ((_, time, keys), values) = (sizes(&inputs[0])?, inputs[2].cols());
         let (heads, scale) = (*self.heads, self.scale());
-        let state = [heads, head_dim(keys, heads)?, head_dim(values, heads)?];
-        let form = continuing(self, recurrence, (4, time), &inputs[2], state);
-        Ok(Some(form.on_cpu(move |[q, k, v, gate], s, [y], [mut state]| {
-            let (q, k, v, gate, state) = (s.of(*q), s.of(*k), s.of(*v), s.of(*gate), flat_mut(&mut state));
-            if s.len == 1 {
-                return gla::gla_step(y, state, q, k, v, gate, scale, heads);
-            }
-            with_scratch(state.len(), |initial| {
-                initial.copy_from_slice(state);
-                gla::gla_forward(y, q, k, v, gate, scale, 1, heads, Some(initial), Some(state), None);
-            });
-        })))
+        let (key_dim, value_dim) = (head_dim(keys, heads)?, head_dim(values, heads)?);
+        let form = continuing(self, recurrence, (4, time), &inputs[2], [heads, key_dim, value_dim]);
+        Ok(Some(form.on(
+            move |[q, k, v, gate], s, [y], [mut state]| {
+                let (q, k, v, gate, state) = (s.of(*q), s.of(*k), s.of(*v), s.of(*gate), flat_mut(&mut state));
+                if s.len == 1 {
+                    return gla::gla_step(y, state, q, k, v, gate, scale, heads);
+                }
+                with_scratch(state.len(), |initial| {
+                    initial.copy_from_slice(state);
+                    gla::gla_forward(y, q, k, v, gate, scale, 1, heads, Some(initial), Some(state), None);
+                });
+            },
+            move |c, s| {
+                let form = Matrix::Gated { gates: c.input(3), scale: scale.unwrap_or((key_dim as f32).powf(-0.5)) };
+                let (given, y, state) = ([c.input(0), c.input(1), c.input(2)], c.output(0), c.output(1));
+                cuda::recurrent::matrix(c, s, heads, form, given, state, y)
+            },
+        )))
     }
     fn packed(&self, inputs: &[TensorType]) -> Result<Option<Arc<dyn Op>>, OpError> {
         let (heads, scale, cols) = (*self.heads, self.scale(), inputs[2].cols());

@@ -15,8 +15,8 @@ use dataflow_kernels::cpu::matmul::{self, Init, Mat, matmul, matmul_bf16, matmul
 use dataflow_kernels::cpu::matvec::{self, Weights};
 use dataflow_kernels::cpu::reduce::copy_rows;
 use dataflow_kernels::cuda::call::{self as cuda, Product, Start};
-use dataflow_kernels::cuda::elementwise::{self, Repeat};
-use dataflow_kernels::device::{Arguments, Calls, Kernel, KernelError, Target};
+use dataflow_kernels::cuda::layout;
+use dataflow_kernels::device::{Arguments, Kernel, KernelError, Target};
 use dataflow_kernels::expression::Instruction;
 
 /// Which product, with the inputs of its node.
@@ -57,19 +57,27 @@ impl Factors {
 
     /// The kernel, with or without an epilogue.
     pub(crate) fn lower(self, node: &NodeView<'_>, target: Target, then: Option<&Epilogue>) -> Result<Kernel, OpError> {
-        // weights in half precision are for decoding alone
-        let narrow = matches!(self, Self::Forward { .. }) && node.inputs[1].dtype == DType::Bf16;
         match target {
-            Target::Cuda if narrow => Err(OpError::no_kernel(target)),
-            Target::Cuda => self.cuda(node, then),
-            Target::Cpu => self.cpu(node, narrow, then),
+            Target::Cuda if then.is_some() => Err("epilogues are for the processor".into()),
+            Target::Cuda => Ok(self.cuda(node)),
+            Target::Cpu => {
+                // weights in half precision are for decoding alone
+                let narrow = matches!(self, Self::Forward { .. }) && node.inputs[1].dtype == DType::Bf16;
+                self.cpu(node, narrow, then)
+            }
         }
     }
 
-    fn cuda(self, node: &NodeView<'_>, then: Option<&Epilogue>) -> Result<Kernel, OpError> {
+    fn cuda(self, node: &NodeView<'_>) -> Kernel {
         let bf16 = node.precision == Precision::Bf16;
-        let product = move |c: &mut Calls<'_>, y: cuda::Tensor| {
-            let (first, second) = (c.input(0), c.input(1));
+        Kernel::cuda(move |c| {
+            let (mut first, second) = (c.input(0), c.input(1));
+            if first.dtype != second.dtype {
+                // generation with narrow weights: factors of a product are of one type
+                let rounded = c.scratch(first.rows, first.cols, second.dtype);
+                layout::copy_rows(c, first, rounded)?;
+                first = rounded;
+            }
             let (a, b) = match self {
                 Self::Forward { .. } => (cuda::Mat::normal(first), cuda::Mat::transposed(second)),
                 Self::Input { .. } => (cuda::Mat::normal(first), cuda::Mat::normal(second)),
@@ -80,30 +88,8 @@ impl Factors {
                 Self::Input { adding: true } => Start::Add(c.input(2)),
                 _ => Start::Zero,
             };
-            c.product(Product { a, b, y, start, batches: 1, bf16 })
-        };
-        let Some(then) = then else { return Ok(Kernel::cuda(move |c| product(c, c.output(0)))) };
-        let inputs = self.then_inputs(node, then);
-        let repeats = rules(&then.program, &inputs, &node.outputs[0])?;
-        let repeats: Vec<Repeat> = repeats.into_iter().map(Repeat::from).collect();
-        let (then, seed) = (then.clone(), node.seed);
-        Ok(Kernel::cuda(move |c| {
-            let outputs: Vec<_> = (0..then.program.outputs().len()).map(|o| c.output(o)).collect();
-            let first = outputs[0];
-            let base_in_first = self.adding() && c.in_place(0) == Some(2);
-            let y = if then.kept {
-                c.output(outputs.len())
-            } else if first.dtype == DType::F32 && (c.in_place(0).is_none() || base_in_first) {
-                first
-            } else {
-                c.scratch(first.rows, first.cols, DType::F32)
-            };
-            product(c, y)?;
-            let port = |i| self.port(&then, i);
-            let inputs: Vec<_> = (0..then.program.inputs()).map(|i| port(i).map_or(y, |p| c.input(p))).collect();
-            let step = then.program.is_random().then(|| c.input(c.inputs() - 1));
-            elementwise::compute(c, &then.program, (&inputs, &repeats), &outputs, step, seed)
-        }))
+            c.product(Product { a, b, y: c.output(0), start, batches: 1, bf16 })
+        })
     }
 
     /// The input of the launch that is input `i` of the program; none for the result of the product.

@@ -8,8 +8,11 @@ use dataflow_graph::components::Recurrence;
 use dataflow_graph::op::{Cost, NodeView, Op, OpError, Recurrent};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::cpu::sequences::{Sequence, Sequences};
-use dataflow_kernels::device::{Arguments, DType, Kernel, KernelError, Target};
+use dataflow_kernels::cuda::recurrent as cuda;
+use dataflow_kernels::device::{Arguments, Calls, DType, Kernel, KernelError, Target};
 use dataflow_kernels::{Rows, RowsMut};
+
+type Describe = dyn Fn(&mut Calls<'_>, &cuda::Sequences) -> Result<(), KernelError> + Send + Sync;
 
 type Run = dyn Fn(&Arguments<'_>, Sequences<'_>) -> Result<(), KernelError> + Send + Sync;
 
@@ -23,7 +26,10 @@ struct Continuing {
     results: Vec<TensorType>,
     states: usize,
     time: usize,
+    slots: usize,
+    limit: Option<usize>,
     cpu: Arc<Run>,
+    cuda: Arc<Describe>,
 }
 
 impl fmt::Debug for Continuing {
@@ -43,7 +49,13 @@ impl Op for Continuing {
     fn lower(&self, _: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (run, time, first) = (self.cpu.clone(), self.time, self.inputs + self.states);
         match target {
-            Target::Cuda => Err(OpError::no_kernel(target)),
+            Target::Cuda => {
+                let (describe, pool, limit) = (self.cuda.clone(), self.slots, self.limit);
+                Ok(Kernel::cuda(move |c| {
+                    let [slots, positions, lengths] = [0, 1, 2].map(|i| c.input(first + i));
+                    describe(c, &cuda::Sequences { slots, positions, lengths, time, pool, limit })
+                }))
+            }
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let [slots, positions, lengths] = [0, 1, 2].map(|i| a.slice(first + i));
                 run(a, Sequences { time, slots, positions, lengths })
@@ -83,11 +95,13 @@ pub(crate) struct Continuation<'a> {
 }
 
 impl Continuation<'_> {
-    /// The form, whose kernel is run for each sequence with the inputs, its tokens' rows of the results and its slot's rows
-    /// of the states. There may be fewer than `I` inputs or `R` results, and tokens are not handed on: such have no rows.
-    pub fn on_cpu<const I: usize, const R: usize, const S: usize>(
+    /// The form, whose kernel for the processor is run for each sequence with the inputs, its tokens' rows of the results and its slot's rows
+    /// of the states. There may be fewer than `I` inputs or `R` results, and tokens are not handed on: such have no rows. The one for a
+    /// CUDA device has inputs, results and states in the same order, of all sequences.
+    pub fn on<const I: usize, const R: usize, const S: usize>(
         self,
         task: impl Fn(&[Rows<'_>; I], Sequence, [RowsMut<'_>; R], [RowsMut<'_>; S]) + Send + Sync + 'static,
+        describe: impl Fn(&mut Calls<'_>, &cuda::Sequences) -> Result<(), KernelError> + Send + Sync + 'static,
     ) -> Recurrent {
         let (inputs, results, states) = (self.inputs, self.results.len(), self.states.len());
         assert!(inputs <= I && results <= R && states == S, "a kernel for other inputs, results or states");
@@ -108,7 +122,10 @@ impl Continuation<'_> {
             results: self.results,
             states,
             time: self.time,
+            slots,
+            limit,
             cpu: Arc::new(cpu),
+            cuda: Arc::new(describe),
         };
         Recurrent { op: Arc::new(op), states: self.states, limit }
     }

@@ -121,13 +121,19 @@ impl Op for Rotary {
         let results = vec![inputs[0].clone()];
         let form =
             Continuation { op: self, recurrence, inputs: 1, time, results, states: vec![], limit: None, cache: false };
-        Ok(Some(form.on_cpu(move |[x], s, [y], []| {
-            with_scratch(2 * s.len * half, |angles| {
-                let (cos, sin) = angles.split_at_mut(s.len * half);
-                rotary::angles(pairing, base, dim, s.position, cos, sin);
-                rotate(Rotation { pairing, head_dim: dim, cos, sin, scale }, Direction::Forward, s.of(*x), y);
-            });
-        })))
+        Ok(Some(form.on(
+            move |[x], s, [y], []| {
+                with_scratch(2 * s.len * half, |angles| {
+                    let (cos, sin) = angles.split_at_mut(s.len * half);
+                    rotary::angles(pairing, base, dim, s.position, cos, sin);
+                    rotate(Rotation { pairing, head_dim: dim, cos, sin, scale }, Direction::Forward, s.of(*x), y);
+                });
+            },
+            move |c, s| {
+                let rotation = cuda::rotary::Rotation { pairing, base, head_dim: dim, scale };
+                cuda::recurrent::rotary(c, s, rotation, c.input(0), c.output(0))
+            },
+        )))
     }
     fn packed(&self, inputs: &[TensorType]) -> Result<Option<Arc<dyn Op>>, OpError> {
         let (pairing, dim) = self.heads(&inputs[0])?;

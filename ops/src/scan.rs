@@ -187,12 +187,16 @@ impl Op for Longhorn {
     }
     fn recurrent(&self, inputs: &[TensorType], recurrence: &Recurrence) -> Result<Option<Recurrent>, OpError> {
         let dims = dims(&inputs[0], &inputs[1])?;
-        Ok(Some(continuing(self, recurrence, dims, 5, inputs).on_cpu(
+        Ok(Some(continuing(self, recurrence, dims, 5, inputs).on(
             move |[u, q, k, dt, skip], s, [y], [mut state]| {
                 let dims = Dims { batch: 1, time: s.len, ..dims };
                 let (u, q, k, dt, skip) = (s.of(*u), s.of(*q), s.of(*k), s.of(*dt), Some(flat(skip)));
                 let inputs = longhorn::Inputs { u, dt, q, k, t_bias: None, skip, gate: None };
                 longhorn::forward(dims, &inputs, y, Some(flat_mut(&mut state)), None);
+            },
+            |c, s| {
+                let (y, state) = (c.output(0), c.output(1));
+                dataflow_kernels::cuda::recurrent::scan(c, s, &longhorn_on_cuda(c, false), state, y)
             },
         )))
     }
@@ -331,13 +335,19 @@ impl Op for SelectiveScan {
     fn recurrent(&self, inputs: &[TensorType], recurrence: &Recurrence) -> Result<Option<Recurrent>, OpError> {
         let dims = dims(&inputs[0], &inputs[2])?;
         let form = continuing(self, recurrence, dims, 6, inputs);
-        Ok(Some(form.on_cpu(move |[u, delta, b, c, a_log, skip], s, [y], [mut state]| {
-            let dims = Dims { batch: 1, time: s.len, ..dims };
-            let (u, delta, b, c) = (s.of(*u), s.of(*delta), s.of(*b), s.of(*c));
-            let (a_log, skip) = (flat(a_log), Some(flat(skip)));
-            let inputs = selective_scan::Inputs { u, delta, a_log, b, c, delta_bias: None, skip, gate: None };
-            selective_scan::forward(dims, &inputs, y, Some(flat_mut(&mut state)), None);
-        })))
+        Ok(Some(form.on(
+            move |[u, delta, b, c, a_log, skip], s, [y], [mut state]| {
+                let dims = Dims { batch: 1, time: s.len, ..dims };
+                let (u, delta, b, c) = (s.of(*u), s.of(*delta), s.of(*b), s.of(*c));
+                let (a_log, skip) = (flat(a_log), Some(flat(skip)));
+                let inputs = selective_scan::Inputs { u, delta, a_log, b, c, delta_bias: None, skip, gate: None };
+                selective_scan::forward(dims, &inputs, y, Some(flat_mut(&mut state)), None);
+            },
+            |c, s| {
+                let (y, state) = (c.output(0), c.output(1));
+                dataflow_kernels::cuda::recurrent::scan(c, s, &selective_scan_on_cuda(c, false), state, y)
+            },
+        )))
     }
     fn packed(&self, inputs: &[TensorType]) -> Result<Option<Arc<dyn Op>>, OpError> {
         let dims = dims(&inputs[0], &inputs[2])?;

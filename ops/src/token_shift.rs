@@ -81,7 +81,7 @@ impl Op for TokenShift {
             limit: None,
             cache: false,
         };
-        Ok(Some(form.on_cpu(
+        Ok(Some(form.on(
             move |given: &[Rows<'_>; 1 + MAX_MIXES], s, mut ys: [RowsMut<'_>; MAX_MIXES], [mut last]| {
                 let x = s.of(given[0]);
                 if mixes == 0 {
@@ -91,6 +91,12 @@ impl Op for TokenShift {
                     token_shift::mix_forward(x, s.len, Some(last.as_rows()), &mix[..mixes], &mut ys[..mixes]);
                 }
                 last.row(0).copy_from_slice(x.row(s.len - 1));
+            },
+            move |c, s| {
+                let mix: Vec<_> = (0..mixes).map(|j| c.input(1 + j)).collect();
+                let ys: Vec<_> = (0..mixes.max(1)).map(|j| c.output(j)).collect();
+                let (x, last) = (c.input(0), c.output(ys.len()));
+                dataflow_kernels::cuda::recurrent::token_shift(c, s, x, &mix, &ys, last)
             },
         )))
     }

@@ -7,15 +7,15 @@
 //! Rows of `bf16` that do not start at multiples of 16 bytes, and sizes that are no multiples of 8, make a product two to
 //! three times slower. Zeros behind the rows and columns of weights, and behind the columns of activations, change no sum:
 //! a weight gets them when it is rounded, a result is made with them and read without them, and what enters a product from
-//! elsewhere is made beside some columns of zeros.
+//! elsewhere is made beside some columns of zeros. The gradient of a weight gets rows of zeros below.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::build::add_op;
-use crate::builtin::{Beside, Cast, Fill, FirstColumns, Pad};
-use crate::components::{Name, OpRef, Phase, Precision, Role};
-use crate::op::{Axes, OpError};
+use crate::builtin::{Beside, Cast, Fill, FirstColumns, FirstRows, Pad};
+use crate::components::{GradientOf, Name, OpRef, Parameters, Phase, Precision, Role};
+use crate::op::{Axes, Op, OpError};
 use crate::types::{DType, TensorType};
 use crate::world::{NodeId, ValueId, World};
 
@@ -65,7 +65,7 @@ impl Wide {
             outputs.iter().zip(&axes.outputs).map(|(v, a)| (*v, odd(world, *v, *a))).collect();
         let any = |odd: &[bool; 2]| odd.contains(&true);
         let possible = inputs.iter().filter(|(.., odd)| any(odd)).all(|(_, v, odd)| self.can_be(world, *v, *odd))
-            && outputs.iter().filter(|(_, odd)| any(odd)).all(|(v, odd)| !odd[0] && can_be_made(world, *v));
+            && outputs.iter().filter(|(_, odd)| any(odd)).all(|(v, odd)| can_be_made(world, *v, *odd));
         if !possible || !inputs.iter().any(|(.., odd)| any(odd)) {
             return Ok(());
         }
@@ -73,8 +73,8 @@ impl Wide {
             let wide = self.of(world, value)?;
             world.replace_input(node, port, wide);
         }
-        for (value, _) in outputs.into_iter().filter(|(_, odd)| any(odd)) {
-            self.widen(world, value)?;
+        for (value, odd) in outputs.into_iter().filter(|(_, odd)| any(odd)) {
+            self.widen(world, value, odd)?;
         }
         Ok(())
     }
@@ -126,30 +126,44 @@ impl Wide {
         Ok(wide)
     }
 
-    /// Makes a result with zeros behind; its readers see it without.
-    fn widen(&mut self, world: &mut World, value: ValueId) -> Result<(), OpError> {
+    /// Makes a result with zeros behind or below; its readers see it without.
+    fn widen(&mut self, world: &mut World, value: ValueId, [rows, _]: [bool; 2]) -> Result<(), OpError> {
         let name = world.expect::<Name>(value).0.clone();
         let (tensor, role) = (world.expect::<TensorType>(value).clone(), *world.expect::<Role>(value));
-        world.set(value, tensor.with_cols(tensor.cols().next_multiple_of(WIDTH)));
         let readers = world.consumers(value);
-        let first = Arc::new(FirstColumns { cols: tensor.cols() });
+        let (wide, first): (TensorType, Arc<dyn Op>) = match rows {
+            true => {
+                let shape = vec![tensor.rows().next_multiple_of(WIDTH), tensor.cols()];
+                (TensorType { shape, ..tensor.clone() }, Arc::new(FirstRows { rows: tensor.rows() }))
+            }
+            false => {
+                let cols = tensor.cols();
+                (tensor.with_cols(cols.next_multiple_of(WIDTH)), Arc::new(FirstColumns { cols }))
+            }
+        };
+        world.set(value, wide);
         let narrow = add_op(world, &name, None, first, &[value], role, Phase::Step)?[0];
         let (node, _) = world.producer(narrow).expect("it was made by a node");
         world.set(node, NoLaunch);
         world.set(narrow, Alias { of: value, column: 0 });
         readers.into_iter().for_each(|(reader, port)| world.replace_input(reader, port, narrow));
+        for parameter in world.resource::<Parameters>().cloned().unwrap_or_default().0 {
+            if world.get(parameter) == Some(&GradientOf(value)) {
+                world.set(parameter, GradientOf(narrow));
+            }
+        }
         self.0.insert(narrow, value);
         Ok(())
     }
 }
 
-/// Whether a product may make the value with zeros behind.
-fn can_be_made(world: &World, value: ValueId) -> bool {
-    world.expect::<TensorType>(value).dtype == DType::Bf16
-        && world.get::<Alias>(value).is_none()
-        && !is_output(world, value)
-        && !is_updated(world, value)
-        && may_have_gaps(world, value)
+/// Whether a product may make the value with zeros below (a gradient of a weight, whose rows stay without gaps) or behind.
+fn can_be_made(world: &World, value: ValueId, odd: [bool; 2]) -> bool {
+    let free = world.get::<Alias>(value).is_none() && !is_output(world, value) && !is_updated(world, value);
+    free && match odd {
+        [true, columns] => !columns && world.expect::<TensorType>(value).shape.len() == 2,
+        [false, _] => world.expect::<TensorType>(value).dtype == DType::Bf16 && may_have_gaps(world, value),
+    }
 }
 
 /// The parameter that the value is, rounded.

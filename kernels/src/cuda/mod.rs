@@ -21,6 +21,7 @@ pub mod optimizer;
 mod partials;
 mod peak;
 mod program;
+pub mod recurrent;
 pub mod reduce;
 pub mod retention;
 pub mod rotary;

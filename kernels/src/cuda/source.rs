@@ -24,6 +24,7 @@ pub const FILES: &[(&str, &str)] = &[
     ("norm", include_str!("../../cuda/norm.cu")),
     ("optimizer", include_str!("../../cuda/optimizer.cu")),
     ("partials", include_str!("../../cuda/partials.cu")),
+    ("recurrent", include_str!("../../cuda/recurrent.cu")),
     ("reduce", include_str!("../../cuda/reduce.cu")),
     ("retention", include_str!("../../cuda/retention.cu")),
     ("rotary", include_str!("../../cuda/rotary.cu")),
