@@ -135,7 +135,7 @@ pub fn lower(program: &Program, node: &NodeView<'_>, target: Target) -> Result<K
 ///
 /// # Errors
 /// Inputs that do not broadcast.
-pub fn rules(program: &Program, inputs: &[TensorType], output: &TensorType) -> Result<Vec<Broadcast>, OpError> {
+fn rules(program: &Program, inputs: &[TensorType], output: &TensorType) -> Result<Vec<Broadcast>, OpError> {
     let rule = |t: &TensorType| Broadcast::new(&t.shape, &output.shape).ok_or_else(|| "cannot broadcast".into());
     inputs[..program.inputs()].iter().map(rule).collect()
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use dataflow_graph::builtin::Elementwise;
 use dataflow_graph::components::Precision;
-use dataflow_graph::elementwise::{Bound, rules};
+use dataflow_graph::elementwise::Bound;
 use dataflow_graph::op::{Cost, Epilogue, NodeView, Op, OpError, Recompute, Slot};
 use dataflow_graph::types::{DType, TensorType};
 use dataflow_kernels::RowsMut;

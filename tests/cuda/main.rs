@@ -38,6 +38,16 @@ fn every_op_agrees_with_its_golden_file_in_any_thread_order() {
     }
 }
 
+#[test]
+fn every_model_agrees_with_its_golden_file_and_decodes() {
+    let Some(cuda) = StandIn::find() else { return };
+    for file in golden("models") {
+        let ran = cuda.dataflow(&["verify", "--device", "cuda", file.to_str().unwrap()], ORDERS[1]);
+        assert!(ran.status.success(), "{}{}", ran.out, ran.err);
+        assert!(ran.out.contains("by steps"), "{}", ran.out);
+    }
+}
+
 const MODELS: [&str; 6] = ["llama", "rwkv", "retnet", "gla", "mamba", "longhorn"];
 
 /// The figures of ten steps of training: losses, norms, rates and evaluations.

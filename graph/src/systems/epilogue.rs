@@ -5,13 +5,15 @@
 //! Where others read the product's result too (the backward pass, usually), it is one more output. A sum over
 //! micro-batches is an epilogue as well. Every number stays the same bit for bit: the program sees the same results.
 //!
-//! Reads the topology, `OpRef`, `TensorType`, `Phase`, `Role`, `Alias`; the resource `Outputs`. Writes the topology and
+//! For the processor alone: on a GPU the products are a library's.
+//!
+//! Reads the topology, `OpRef`, `TensorType`, `Phase`, `Role`, `Alias`; the resources `Options` and `Outputs`. Writes the topology and
 //! `OpRef`.
 
 use dataflow_kernels::cpu::interpreter::{MAX_INPUTS, MAX_OUTPUTS};
 
 use crate::builtin::{Accumulate, sum};
-use crate::components::{Name, OpRef, Role};
+use crate::components::{Name, OpRef, Options, Role, Target};
 use crate::diagnostic::{Diagnostic, Errors};
 use crate::op::{Epilogue, OpError};
 use crate::types::TensorType;
@@ -26,6 +28,9 @@ use super::simplify::{Alias, is_output};
 /// # Errors
 /// None for ops that keep their contracts.
 pub fn epilogue(world: &mut World) -> Result<(), Errors> {
+    if world.resource::<Options>().is_some_and(|o| o.target != Target::Cpu) {
+        return Ok(());
+    }
     let mut positions = Positions::new(world);
     for node in positions.order() {
         if world.get::<OpRef>(node).is_some() {

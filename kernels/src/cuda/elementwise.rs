@@ -49,7 +49,7 @@ pub fn launch(c: &mut Calls<'_>, program: &Program, repeats: &[Repeat], seed: u6
 ///
 /// # Errors
 /// As [`Calls::launch`].
-pub fn compute(
+fn compute(
     c: &mut Calls<'_>,
     program: &Program,
     (inputs, repeats): (&[Tensor], &[Repeat]),

@@ -49,6 +49,18 @@ pub fn training_in(
     block: usize,
     without: Vec<String>,
 ) -> Result<Compiled, Errors> {
+    training_for((Target::Cpu, precision), file, set, batch, block, without)
+}
+
+/// As [`training_in`], for any device.
+pub fn training_for(
+    (target, precision): (Target, Precision),
+    file: &Path,
+    set: &[(&str, i64)],
+    batch: usize,
+    block: usize,
+    without: Vec<String>,
+) -> Result<Compiled, Errors> {
     let mut registry = Registry::new();
     registry.add_plugin(&BuiltinOps);
     let model = Arc::new(ModelFile::read(file)?);
@@ -67,7 +79,7 @@ pub fn training_in(
             training: true,
             recurrent: None,
             packed: false,
-            target: Target::Cpu,
+            target,
         },
         objectives: vec![("loss".into(), loss)],
         optimizer: Some(Arc::new(AdamW {
