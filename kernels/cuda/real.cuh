@@ -94,6 +94,17 @@ DEVICE float fast_exp2(float x) {
 #endif
 }
 
+// 1 / x to one unit in the last place; 0 where the result would be subnormal.
+DEVICE float fast_reciprocal(float x) {
+#ifdef CUDA_EMULATION
+  return 1.0f / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 // e^x for x <= 0, as fast_exp2.
 DEVICE float fast_exp(float x) { return fast_exp2(x * 1.44269504f); }
 

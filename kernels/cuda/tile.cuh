@@ -65,6 +65,15 @@ DEVICE void mma_bf16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigne
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// d [16, 8] += a [16, 8] b [8, 8] of a warp: of the operands the sign, the exponent and ten more bits, f32 sums. Of a lane,
+// a[e] has row lane / 4 + e % 2 * 8 and column lane % 4 + e / 2 * 4; b0 and b1 have rows lane % 4 and that + 4, column lane / 4.
+DEVICE void mma_tf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
 #endif
 
 // One step of 16 of a product, for all columns: b is stored [K, N], or [N, K] if transposed.

@@ -152,3 +152,22 @@ inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigne
   }
   leave(m);
 }
+
+/// d [16, 8] += a [16, 8] b [8, 8] of a warp, fragments as in PTX's mma.m16n8k8; of the operands the bits of a tf32 number.
+inline void mma_tf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
+  using namespace emulation;
+  const float mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  Meeting& m = meet(~0u, MULTIPLY, mine, sizeof mine);
+  const unsigned l = lane(), group = l / 4, pair = l % 4;
+  const auto operand = [&](unsigned lane, unsigned i) {
+    unsigned word;
+    memcpy(&word, m.value[lane] + 4 * i, 4);
+    return __uint_as_float(word & 0xffffe000u);
+  };
+  for (unsigned e = 0; e < 4; ++e) {
+    const unsigned row = group + (e / 2) * 8, col = pair * 2 + e % 2;
+    for (unsigned k = 0; k < 8; ++k)
+      d[e] += operand(row % 8 * 4 + k % 4, row / 8 + k / 4 * 2) * operand(col * 4 + k % 4, 4 + k / 4);
+  }
+  leave(m);
+}
