@@ -108,17 +108,6 @@ DEVICE float fast_reciprocal(float x) {
 // e^x for x <= 0, as fast_exp2.
 DEVICE float fast_exp(float x) { return fast_exp2(x * 1.44269504f); }
 
-// 1 / x to one unit in the last place.
-DEVICE float fast_reciprocal(float x) {
-#ifdef CUDA_EMULATION
-  return 1.0f / x;
-#else
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
-
 // 1 / (1 + e^-x), to some units in the last place.
 DEVICE float sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(x * -1.44269504f)); }
 

@@ -183,8 +183,6 @@ DEVICE float squares_of_row(const float (*keys)[ALL]) {
   return sum;
 }
 
-DEVICE float gate_of(float z) { return fast_reciprocal(1.0f + fast_exp2(-LOG2_E * z)); }
-
 // Rows beyond the end have this step: their step sizes are next to nothing, their other inputs 0, and they change nothing.
 constexpr float NONE = -1e30f;
 
@@ -208,7 +206,7 @@ DEVICE float slope(float step, float size) {
 #if LONGHORN
   return size * fast_exp2(-LOG2_E * fmaxf(step, -80.0f));
 #else
-  return gate_of(step);
+  return sigmoid(step);
 #endif
 }
 
@@ -427,7 +425,7 @@ KERNEL __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(Rows<const real> u, R
 #pragma unroll
       for (int c = 0; c < WIDE; ++c) {
         sums[c] += weights[c] * input[c];
-        if (GATED) sums[c] *= z[c] * gate_of(z[c]);
+        if (GATED) sums[c] *= z[c] * sigmoid(z[c]);
       }
       store_elements(results, row, sums, live, at);
     }
@@ -624,7 +622,7 @@ KERNEL __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(Rows<const real> u, 
         if (GATED) own_gate.get(z);
 #pragma unroll
         for (int c = 0; c < WIDE; ++c) {
-          gradient[c] = GATED ? dout[c] * z[c] * gate_of(z[c]) : dout[c];
+          gradient[c] = GATED ? dout[c] * z[c] * sigmoid(z[c]) : dout[c];
           skip_sums[c] += gradient[c] * input[c];
         }
         store_all<PLACES>(s.dy[at.warp][at.part][at.group], gradient);
@@ -761,7 +759,7 @@ KERNEL __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(Rows<const real> u, 
 #pragma unroll
         for (int c = 0; c < WIDE; ++c) {
           if (GATED) {
-            const float g = gate_of(z[c]), silu = z[c] * g;
+            const float g = sigmoid(z[c]), silu = z[c] * g;
             dz[c] = gradient[c] * (out[c] + weights[c] * input[c]) * (g + silu * (1.0f - g));
             gradient[c] *= silu;
           }
