@@ -14,7 +14,10 @@
 use crate::cpu::simd::{Portable, Simd};
 
 #[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::{__m512 as F512, __m512bh, _mm512_dpbf16_ps};
+use std::arch::x86_64::{
+    __m512 as F512, __m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_loadu_si512,
+    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_permutexvar_epi16, _mm512_storeu_si512,
+};
 
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::simd::{Avx2, Avx512};
@@ -310,6 +313,73 @@ unsafe fn pair_rows<S: Simd>(
     }
 }
 
+/// [`Kernel::pair_rows`] by the instruction that rounds (AVX512-BF16); numbers below the smallest normal one become 0.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn native_pair_rows(
+    from: *const f32,
+    from_step: usize,
+    rows: usize,
+    cols: usize,
+    to: *mut f32,
+    to_step: usize,
+    width: usize,
+) {
+    // one of the first row, one of the second, and so on
+    const MERGED: [u16; 32] = {
+        let mut order = [0; 32];
+        let mut i = 0;
+        while i < 16 {
+            order[2 * i] = i as u16;
+            order[2 * i + 1] = 16 + i as u16;
+            i += 1;
+        }
+        order
+    };
+    // SAFETY: the caller promises `rows` readable rows of `cols` and half as many writable ones of `width`.
+    unsafe {
+        let order = _mm512_loadu_si512(MERGED.as_ptr().cast());
+        for r in (0..rows).step_by(2) {
+            let first = from.add(r * from_step);
+            for c in (0..width).step_by(16) {
+                let mask = mask_of(cols.saturating_sub(c));
+                let low = _mm512_maskz_loadu_ps(mask, first.wrapping_add(c));
+                let mask = if r + 1 < rows { mask } else { 0 };
+                let high = _mm512_maskz_loadu_ps(mask, first.wrapping_add(from_step + c));
+                let pairs = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+                _mm512_storeu_si512(to.add(r / 2 * to_step + c).cast(), _mm512_permutexvar_epi16(order, pairs));
+            }
+        }
+    }
+}
+
+/// [`Kernel::pair_cols`] likewise.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn native_pair_cols(from: *const f32, from_step: usize, rows: usize, cols: usize, to: *mut f32, to_step: usize) {
+    // SAFETY: the caller promises `rows` readable rows of `cols` and as many writable ones of half as many.
+    unsafe {
+        for r in 0..rows {
+            let (from, to) = (from.add(r * from_step), to.add(r * to_step));
+            for c in (0..cols).step_by(32) {
+                let low = _mm512_maskz_loadu_ps(mask_of(cols - c), from.wrapping_add(c));
+                let high = _mm512_maskz_loadu_ps(mask_of((cols - c).saturating_sub(16)), from.wrapping_add(c + 16));
+                let pairs = std::mem::transmute::<__m512bh, F512>(_mm512_cvtne2ps_pbh(high, low));
+                _mm512_mask_storeu_ps(to.wrapping_add(c / 2), mask_of((cols - c).div_ceil(2)), pairs);
+            }
+        }
+    }
+}
+
+/// The first `n` lanes.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn mask_of(n: usize) -> u16 {
+    if n >= 16 { u16::MAX } else { (1 << n) - 1 }
+}
+
 /// See [`Kernel::pair_cols`].
 #[inline(always)]
 unsafe fn pair_cols(from: *const f32, from_step: usize, rows: usize, cols: usize, to: *mut f32, to_step: usize) {
@@ -556,6 +626,13 @@ macro_rules! kernel {
                 to_step: usize,
                 width: usize,
             ) {
+                $(if $detected {
+                    kernel!(@fn $native native_rows_fn<>
+                        (from: *const f32, from_step: usize, rows: usize, cols: usize, to: *mut f32, to_step: usize, width: usize)
+                        => native_pair_rows(from, from_step, rows, cols, to, to_step, width));
+                    // SAFETY: the caller's promise, and the instructions were found.
+                    return unsafe { native_rows_fn(from, from_step, rows, cols, to, to_step, width) };
+                })?
                 kernel!(@fn $features pair_rows_fn<>
                     (s: $level, from: *const f32, from_step: usize, rows: usize, cols: usize, to: *mut f32, to_step: usize, width: usize)
                     => pair_rows(s, from, from_step, rows, cols, to, to_step, width));
@@ -572,6 +649,13 @@ macro_rules! kernel {
                 to: *mut f32,
                 to_step: usize,
             ) {
+                $(if $detected {
+                    kernel!(@fn $native native_cols_fn<>
+                        (from: *const f32, from_step: usize, rows: usize, cols: usize, to: *mut f32, to_step: usize)
+                        => native_pair_cols(from, from_step, rows, cols, to, to_step));
+                    // SAFETY: the caller's promise, and the instructions were found.
+                    return unsafe { native_cols_fn(from, from_step, rows, cols, to, to_step) };
+                })?
                 kernel!(@fn $features pair_cols_fn<>
                     (_s: $level, from: *const f32, from_step: usize, rows: usize, cols: usize, to: *mut f32, to_step: usize)
                     => pair_cols(from, from_step, rows, cols, to, to_step));
