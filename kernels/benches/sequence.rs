@@ -1,8 +1,8 @@
-//! Attention, scans, chunked linear attention, convolution, norm and AdamW at the sizes of a training step (batch 8, T 256,
+//! Attention, retention, scans, chunked linear attention, convolution, norm and AdamW at the sizes of a training step (batch 8, T 256,
 //! 384 channels), on all threads: `cargo bench -p dataflow-kernels --bench sequence`.
 
 use dataflow_kernels::cpu::optimizer::{AdamW, adamw};
-use dataflow_kernels::cpu::{attention, conv1d, gla, longhorn, norm, selective_scan, wkv};
+use dataflow_kernels::cpu::{attention, conv1d, gla, longhorn, norm, retention, selective_scan, wkv};
 use dataflow_kernels::{Rows, RowsMut};
 use divan::Bencher;
 
@@ -186,4 +186,40 @@ fn adamw_step(bencher: Bencher<'_, '_>) {
     let (mut parameter, gradient, mut m) = (numbers(1 << 20), numbers(1 << 20), numbers(1 << 20));
     let mut v: Vec<f32> = gradient.iter().map(|g| g * g).collect();
     bencher.bench_local(|| adamw(&mut parameter, &gradient, &mut m, &mut v, settings));
+}
+
+/// Values of a head: those of 384 channels are wider than keys.
+const VALUE: usize = 115;
+
+fn retention(bencher: Bencher<'_, '_>, exact: bool) {
+    let dims = retention::Dims { batch: BATCH, time: TIME, heads: HEADS, key_dim: MODEL / HEADS, value_dim: VALUE };
+    let (x, v, mut y) = (tokens(MODEL), tokens(HEADS * VALUE), tokens(HEADS * VALUE));
+    let [mut dq, mut dk, mut dv] = [MODEL, MODEL, HEADS * VALUE].map(tokens);
+    let (mut normalizer, mut states) = (vec![0.0; BATCH * HEADS * TIME], vec![0.0; retention::chunk_states_len(dims)]);
+    bencher.bench_local(|| {
+        let (q, k, v) = (rows(&x), rows(&x), rows(&v));
+        if exact {
+            retention::parallel_forward(dims, q, k, v, rows_mut(&mut y), &mut normalizer);
+        } else {
+            retention::chunk_forward(dims, q, k, v, rows_mut(&mut y), &mut states);
+        }
+        let (dy, dq, dk, dv) = (rows(&y), rows_mut(&mut dq), rows_mut(&mut dk), rows_mut(&mut dv));
+        if exact {
+            retention::parallel_backward(dims, q, k, v, &normalizer, dy, dq, dk, dv);
+        } else {
+            retention::chunk_backward(dims, q, k, v, &states, dy, dq, dk, dv);
+        }
+    });
+}
+
+/// Forward, then backward, as attention without a softmax.
+#[divan::bench]
+fn retention_exact_both(bencher: Bencher<'_, '_>) {
+    retention(bencher, true);
+}
+
+/// Forward, then backward, in chunks with a state.
+#[divan::bench]
+fn retention_chunk_both(bencher: Bencher<'_, '_>) {
+    retention(bencher, false);
 }

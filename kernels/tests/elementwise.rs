@@ -379,65 +379,6 @@ fn masks_are_the_same_in_every_layout() {
     (0..rows).for_each(|r| assert_eq!(wide[3 + r * 50..][..cols], want[r * cols..][..cols]));
 }
 
-/// `cargo test --release -p dataflow-kernels --test elementwise -- --ignored --nocapture speed`
-#[test]
-#[ignore = "prints timings"]
-fn speed() {
-    let only = std::env::var("ONLY").unwrap_or_default();
-    let repeats = if only.is_empty() { 4 } else { 20 };
-    let several = |n: usize| {
-        Program::new(2, move |b, x| {
-            let mut y = x[0];
-            for i in 0..n {
-                y = if i % 2 == 0 { b.mul(y, x[1]) } else { b.add(y, x[0]) };
-            }
-            vec![y]
-        })
-    };
-    let programs = [
-        ("copy", Program::new(2, |_, x| vec![x[0]])),
-        ("add", several(1)),
-        ("2 cheap", several(2)),
-        ("4 cheap", several(4)),
-        ("8 cheap", several(8)),
-        ("16 cheap", several(16)),
-        ("exp", Program::new(2, |b, x| vec![b.exp(x[0])])),
-        ("sigmoid", Program::new(2, |b, x| vec![b.sigmoid(x[0])])),
-        ("softplus", Program::new(2, |b, x| vec![b.softplus(x[0])])),
-        ("tanh", Program::new(2, |b, x| vec![b.tanh(x[0])])),
-        ("gelu", Program::new(2, |b, x| vec![b.gelu(x[0])])),
-        ("swiglu", swiglu()),
-        ("swiglu gradient", swiglu().gradient(&[0, 1])),
-        ("dropout", Program::new(2, |b, x| vec![b.dropout(x[0], 0, 0.1)])),
-    ];
-    for (rows, cols) in [(64, 1024), (8192, 1024), (131072, 64)] {
-        println!("{rows} x {cols}");
-        for (name, program) in programs.iter().filter(|p| p.0.contains(&only)) {
-            let inputs: Vec<Vec<f32>> = (0..program.inputs()).map(|i| noise(rows * cols, i as u64)).collect();
-            let operands: Vec<Operand> = inputs.iter().map(|x| Operand::Full(Rows::contiguous(x, cols))).collect();
-            let used = (0..program.inputs()).filter(|&i| program.uses_input(i)).count();
-            let mut results = vec![vec![0.0f32; rows * cols]; program.outputs().len()];
-            let mut outputs: Vec<RowsMut> = results.iter_mut().map(|y| RowsMut::contiguous(y, cols)).collect();
-            let compiled = Compiled::new(program);
-            for threads in [1, 2] {
-                let seconds = on_threads(threads, || {
-                    (0..if rows < 100 { 50 } else { repeats })
-                        .map(|_| {
-                            let start = std::time::Instant::now();
-                            compiled.run(&operands, &mut outputs, 0, 0);
-                            start.elapsed().as_secs_f64()
-                        })
-                        .fold(f64::INFINITY, f64::min)
-                });
-                let n = (rows * cols) as f64;
-                let bytes = n * 4.0 * (used + program.outputs().len()) as f64;
-                print!("  {name:16} {threads}: {:.3} ns/element {:.1} GB/s", seconds * 1e9 / n, bytes / seconds / 1e9);
-            }
-            println!();
-        }
-    }
-}
-
 #[test]
 fn sums() {
     for (rows, cols, stride) in [(1, 1, 1), (6, 5, 9), (1200, 37, 37), (600, 1000, 1003), (6, 70_000, 70_000)] {

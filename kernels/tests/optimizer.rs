@@ -82,30 +82,3 @@ fn scaled_gradients_and_threads() {
     assert_eq!(clip_coefficient(0.5, 1.0), 1.0);
     assert!(clip_coefficient(f64::NAN, 1.0).is_nan());
 }
-
-/// `cargo test --release -p dataflow-kernels --test optimizer -- --ignored --nocapture`
-#[test]
-#[ignore = "prints timings"]
-fn speed() {
-    for n in [100_000, 10_000_000] {
-        let (mut p, g, mut m, mut v) = (vec![1.0f32; n], vec![0.5f32; n], vec![0.1f32; n], vec![0.2f32; n]);
-        let settings = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.99, eps: 1e-8, decay: 0.1, step: 7, grad_scale: 0.25 };
-        for threads in [1, 2] {
-            let time = |body: &mut (dyn FnMut() + Send)| {
-                on_threads(threads, || {
-                    (0..10)
-                        .map(|_| {
-                            let start = std::time::Instant::now();
-                            body();
-                            start.elapsed().as_secs_f64()
-                        })
-                        .fold(f64::INFINITY, f64::min)
-                })
-            };
-            let step = time(&mut || adamw(&mut p, &g, &mut m, &mut v, settings));
-            let norm = time(&mut || assert!(sum_of_squares(&g) > 0.0));
-            let rate = |bytes: f64, seconds: f64| bytes * n as f64 / seconds / 1e9;
-            println!("{n} on {threads}: adamw {:.1} GB/s, norm {:.1} GB/s", rate(28.0, step), rate(4.0, norm));
-        }
-    }
-}

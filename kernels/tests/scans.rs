@@ -530,38 +530,3 @@ fn mamba_in_pieces_is_mamba() {
 fn mamba_survives_extreme_steps() {
     check_extremes(Mamba);
 }
-
-/// `cargo test --release -p dataflow-kernels --test scans -- --ignored --nocapture speed`
-#[test]
-#[ignore = "prints times"]
-fn speed() {
-    let dims = Dims { batch: 8, time: 256, channels: 768, state: 16 };
-    let elements = (dims.rows() * dims.channels * dims.state) as f64;
-    let mut x = Data::random(dims, true);
-    x.a_log = (0..dims.channels * dims.state).map(|i| ((i % dims.state + 1) as f32).ln()).collect();
-    for m in [Some(&mut x.u), Some(&mut x.dt), Some(&mut x.q), Some(&mut x.k), x.z.as_mut(), Some(&mut x.dy)] {
-        let m = m.unwrap();
-        m.data = [vec![0.0; OFFSET], m.values()].concat();
-        m.stride = m.cols;
-    }
-    let mut out = Buffers::new(&x);
-    for threads in [1, 2] {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        for scan in [Longhorn, Mamba] {
-            let mut best = [f64::MAX; 2];
-            for _ in 0..std::env::var("REPEAT").map_or(30, |x| x.parse().unwrap()) {
-                for (backward, best) in best.iter_mut().enumerate() {
-                    let start = std::time::Instant::now();
-                    pool.install(|| {
-                        if backward == 1 { scan.backward(&x, &mut out) } else { scan.forward_into(&x, &mut out) }
-                    });
-                    *best = best.min(start.elapsed().as_secs_f64());
-                }
-            }
-            let [(f, fe), (b, be)] = best.map(|t| (t * 1e3, t * 1e9 / elements));
-            println!(
-                "{scan:?}, {threads} threads: forward {f:.2} ms, {fe:.3} ns per element; backward {b:.2} ms, {be:.3} ns"
-            );
-        }
-    }
-}

@@ -21,13 +21,6 @@ use crate::world::{NodeId, ValueId, World};
 /// Offsets are multiples of this many bytes: a cache line, and the widest vector.
 pub const ALIGNMENT: usize = 64;
 
-/// Bytes after which the places of the first cache repeat.
-const PAGE: usize = 4096;
-/// Large values start at so many bytes more than a multiple of [`PAGE`] from one that lies below them.
-const SHIFT: usize = 5 * ALIGNMENT;
-/// Values from this size on are large.
-const LARGE: usize = 1 << 18;
-
 /// Of values: where they lie.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Located(pub Operand);
@@ -106,14 +99,8 @@ pub fn allocate(world: &mut World) -> Result<(), Errors> {
     Ok(())
 }
 
-/// Bytes of a value with what keeps the next one at its distance. Kernels read several large values at once, and places at
-/// a multiple of [`PAGE`] from each other share the few lines that a processor's first cache has for them.
 pub(super) fn size_of(world: &World, value: ValueId) -> usize {
-    let bytes = world.expect::<TensorType>(value).bytes();
-    if bytes >= LARGE {
-        return bytes.next_multiple_of(PAGE) + SHIFT;
-    }
-    bytes.next_multiple_of(ALIGNMENT).max(ALIGNMENT)
+    world.expect::<TensorType>(value).bytes().next_multiple_of(ALIGNMENT).max(ALIGNMENT)
 }
 
 /// What a value shares its memory with: an alias, or the input that its node updates.
