@@ -271,6 +271,21 @@ fn answers_have_what_was_asked_for() {
     assert_eq!(none["choices"][0]["text"], text);
     assert_eq!(none["choices"][0]["logprobs"]["token_logprobs"].as_array().unwrap().len(), text.len());
 
+    // the tokenizer, for clients that have none
+    let post = |path: &str, body: Value| -> (u16, Value) {
+        let (status, text) = exchange(address, &request("POST", path, &body.to_string(), token));
+        (status, serde_json::from_str(&text).unwrap())
+    };
+    let (status, made) = post("/tokenize", json!({ "prompt": text, "add_special_tokens": false }));
+    assert_eq!((status, &made["tokens"], &made["count"]), (200, &json!(tokens), &json!(tokens.len())));
+    assert_eq!(post("/detokenize", json!({ "tokens": tokens })), (200, json!({ "prompt": text })));
+    let (status, info) = get("/tokenizer_info", token);
+    let info: Value = serde_json::from_str(&info).unwrap();
+    assert_eq!((status, &info["eos_token"], &info["vocab_size"]), (200, &Value::Null, &json!(28)));
+    assert_eq!(post("/tokenize", json!({ "prompt": "ABC" })).0, 400);
+    assert_eq!(post("/detokenize", json!({ "tokens": [99] })).0, 400);
+    assert_eq!(exchange(address, &request("POST", "/tokenize", "{}", "")).0, 401);
+
     // token ids, several prompts and answers, stop texts, seeds
     let ids = ask(json!({ "prompt": tokens, "max_tokens": 8, "temperature": 0 }));
     let plain = ask(json!({ "prompt": text, "max_tokens": 8, "temperature": 0 }));

@@ -341,7 +341,15 @@ pub trait Op: Any + fmt::Debug + Send + Sync + 'static {
         None
     }
 
-    /// The form for generation, given the types of the data inputs. `None` where no token depends on others.
+    /// Whether what the op gives for a token follows from its inputs for that token alone. An elementwise op does; any other
+    /// that says nothing here and has no [`recurrent`](Self::recurrent) form cannot be used in generation, since it
+    /// may look back to tokens that a program of one token does not have.
+    fn tokenwise(&self) -> bool {
+        self.expression(*self.arity().start()).is_some()
+    }
+
+    /// The form for generation, given the types of the data inputs. `None` where no token depends on others, which
+    /// [`tokenwise`](Self::tokenwise) confirms.
     ///
     /// # Errors
     /// What does not fit.
@@ -351,7 +359,7 @@ pub trait Op: Any + fmt::Debug + Send + Sync + 'static {
 
     /// The form for rows that hold several documents, at each of which the op starts anew, given the types of the data
     /// inputs (see [`Options::packed`]). Its inputs are those of the op, parameters included, then `positions`; its first
-    /// outputs are those that a row names. `None` where no token depends on others.
+    /// outputs are those that a row names. `None` where no token depends on others ([`tokenwise`](Self::tokenwise)).
     ///
     /// # Errors
     /// What does not fit.

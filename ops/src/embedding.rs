@@ -34,6 +34,9 @@ pub struct Embedding {
 }
 
 impl Op for Embedding {
+    fn tokenwise(&self) -> bool {
+        true
+    }
     fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
         if inputs[0].dtype != DType::I32 {
             return Err("the input must be token ids (i32)".into());

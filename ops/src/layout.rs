@@ -46,6 +46,9 @@ fn starts(widths: &[usize]) -> Vec<usize> {
 }
 
 impl Op for Split {
+    fn tokenwise(&self) -> bool {
+        true
+    }
     fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
         Ok(self.widths(inputs[0].cols())?.into_iter().map(|w| inputs[0].with_cols(w)).collect())
     }
@@ -93,6 +96,9 @@ impl Op for Split {
 pub struct Concat {}
 
 impl Op for Concat {
+    fn tokenwise(&self) -> bool {
+        true
+    }
     fn arity(&self) -> RangeInclusive<usize> {
         1..=64
     }
@@ -155,6 +161,9 @@ pub struct Weight {
 }
 
 impl Op for Weight {
+    fn tokenwise(&self) -> bool {
+        true
+    }
     fn arity(&self) -> RangeInclusive<usize> {
         0..=0
     }

@@ -39,6 +39,9 @@ pub struct Linear {
 }
 
 impl Op for Linear {
+    fn tokenwise(&self) -> bool {
+        true
+    }
     fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
         if inputs[0].shape.is_empty() || inputs[0].cols() == 0 {
             return Err("the input needs a last dimension of at least 1".into());

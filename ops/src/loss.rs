@@ -28,6 +28,9 @@ fn check(inputs: &[TensorType]) -> Result<(), OpError> {
 }
 
 impl Op for CrossEntropy {
+    fn tokenwise(&self) -> bool {
+        true
+    }
     fn arity(&self) -> RangeInclusive<usize> {
         2..=2
     }
@@ -108,6 +111,9 @@ impl Op for CrossEntropyGradient {
 pub struct Accuracy {}
 
 impl Op for Accuracy {
+    fn tokenwise(&self) -> bool {
+        true
+    }
     fn arity(&self) -> RangeInclusive<usize> {
         2..=2
     }

@@ -181,6 +181,9 @@ macro_rules! norm_op {
             fn activations(&self, _: usize) -> Activations {
                 Activations::new([0], [0])
             }
+            fn tokenwise(&self) -> bool {
+                true
+            }
             fn strided(&self) -> bool {
                 true
             }

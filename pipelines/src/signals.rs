@@ -9,7 +9,7 @@ use signal_hook::flag;
 /// The number of the first signal that asked the run to stop; 0 if none did.
 static RECEIVED: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
 
-/// From now on the first SIGINT or SIGTERM asks the training to stop, and a second one ends the process at once.
+/// From now on the first SIGINT or SIGTERM asks the program to stop, and a second one ends the process at once.
 ///
 /// # Errors
 /// What the operating system says.

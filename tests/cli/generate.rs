@@ -1,10 +1,13 @@
-//! `sample` and `eval` on what a run left.
+//! `sample`, `eval` and `serve` on what a run left.
 
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use super::{Folder, repository};
+use super::{Folder, TINY, repository};
 
 /// A folder with a run of a small model of a file of the repository, named `run`.
 fn trained(model: &str) -> Folder {
@@ -56,7 +59,7 @@ fn samples_are_the_same_for_a_seed_and_go_on_from_the_prompt() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    std::io::Write::write_all(&mut child.stdin.take().unwrap(), start.as_bytes()).unwrap();
+    child.stdin.take().unwrap().write_all(start.as_bytes()).unwrap();
     assert_eq!(String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap(), greedy);
     // several at once: the first is the one of the seed
     let many = json(&folder, &["sample", "run", "--prompt", &start, "--tokens", "40", "--samples", "3", "--json"]);
@@ -110,4 +113,87 @@ fn evaluation_at_longer_contexts_is_a_table_and_a_figure() {
     folder.write("own.txt", folder.read("text.txt").chars().take(30).collect::<String>());
     let own = json(&folder, &["eval", "run", "--text", "own.txt", "--block", "8", "--json"]);
     assert!(own["loss"].as_f64().unwrap() > 0.0 && own["blocks"][0]["tokens"] == 24);
+}
+
+#[test]
+fn a_signal_lets_the_server_finish_its_answers() {
+    let folder = trained("longhorn");
+    for (signal, tokens) in [("TERM", 4000), ("INT", 4000)] {
+        let mut server = folder.start(&["serve", "run", "--port", "0"]);
+        let out = server.out.clone();
+        let address = move || {
+            let text = fs::read_to_string(&out).unwrap();
+            let line = text.lines().find_map(|line| line.strip_prefix("listening at http://"))?;
+            Some(line.trim_end_matches("/v1").to_string())
+        };
+        server.wait_for(|| address().is_some());
+        let mut stream = TcpStream::connect(address().unwrap()).unwrap();
+        let body = format!(r#"{{"prompt": "to be", "max_tokens": {tokens}, "stream": true, "seed": 1}}"#);
+        let head = format!("POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", body.len());
+        stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
+        let mut answer = vec![0; 16];
+        stream.read_exact(&mut answer).unwrap();
+        server.signal(signal);
+        server.wait_for(|| fs::read_to_string(folder.path("started.err")).unwrap().contains("stopping"));
+        stream.read_to_end(&mut answer).unwrap();
+        let answer = String::from_utf8(answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("data: [DONE]"), "{answer}");
+        assert!(answer.contains(&format!(r#""completion_tokens":{tokens}"#)));
+        let ran = server.wait();
+        assert_eq!(ran.code, Some(0), "{}", ran.err);
+        assert!(ran.out.contains("stopped: every answer"), "{}", ran.out);
+    }
+}
+
+const WORDS: [&str; 12] = ["<unk>", "</s>", "a", "to", "be", "or", "not", ",", "that", "is", "the", "question"];
+
+#[test]
+fn a_tokenizer_file_goes_with_the_run() {
+    let folder = Folder::new();
+    let vocabulary: Vec<String> = WORDS.iter().enumerate().map(|(i, word)| format!("{word:?}: {i}")).collect();
+    let tokenizer = format!(
+        r#"{{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+            "pre_tokenizer": {{"type": "Whitespace"}}, "post_processor": null, "decoder": null,
+            "model": {{"type": "WordLevel", "vocab": {{{}}}, "unk_token": "<unk>"}}}}"#,
+        vocabulary.join(", ")
+    );
+    folder.write("words.json", &tokenizer);
+    let line = |i: usize| format!("{{\"text\": \"{i} to be, or not to be, that is the question\"}}\n");
+    folder.write("corpus.jsonl", (0..100).map(line).collect::<String>());
+    folder.write("tiny.ron", TINY);
+    folder.write(
+        "pipe.ron",
+        r#"Pipeline(about: "words", seed: 7, stages: [
+        ("documents", Documents(from: ["corpus.jsonl"]), []),
+        ("tokens", Tokenize(folder: "data", tokenizer: Json(file: "words.json"), validation: 0.2), ["documents"]),
+        ("batches", Windows(batch: 2, block: 16), ["tokens"]),
+        ("model", Model(file: "tiny.ron"), ["batches"]),
+        ("loss", CrossEntropy, ["model", "batches"]),
+        ("optimizer", AdamW(lr: Constant(1e-2)), ["loss"]),
+        ("train", Train(steps: 5), ["optimizer"]),
+        ("last", Checkpoint(keep: Last), ["train"]),
+    ])"#,
+    );
+    folder.succeeds(&["run", "pipe.ron", "--out", "run"]);
+    // the run is all that is needed
+    fs::remove_dir_all(folder.path("data")).unwrap();
+    fs::remove_file(folder.path("words.json")).unwrap();
+    fs::rename(folder.path("run"), folder.path("moved")).unwrap();
+    let arguments = ["sample", "moved", "--prompt", "to be", "--tokens", "6", "--json"];
+    let text = json(&folder, &arguments)["text"].as_str().unwrap().to_string();
+    let words: Vec<&str> = text.split(' ').collect();
+    assert!(words.len() == 7 && words[0].is_empty(), "{text:?}");
+    assert!(words[1..].iter().all(|word| WORDS.contains(word)), "{text:?}");
+    assert!(
+        folder.succeeds(&["sample", "moved/last.safetensors", "--prompt", "to be", "--tokens", "2"]).contains("to be ")
+    );
+    // another file in its place, and none
+    folder.write("moved/tokenizer.json", tokenizer.replace("question", "answer"));
+    let message = folder.fails(&arguments);
+    assert!(message.contains("is not the file that made the tokens"), "{message}");
+    fs::remove_file(folder.path("moved/tokenizer.json")).unwrap();
+    let message = folder.fails(&arguments);
+    assert!(message.contains("tokenizer.json is missing") && message.contains("--prompt-tokens"), "{message}");
+    let numbers = folder.dataflow(&["sample", "moved", "--prompt-tokens", "3,4", "--tokens", "3"]);
+    assert_eq!((numbers.code, numbers.out.split_whitespace().count()), (Some(0), 5), "{}", numbers.err);
 }

@@ -32,7 +32,8 @@ fn pack(world: &mut World, node: NodeId, op: &Arc<dyn Op>, types: &[TensorType])
         // an op that looks back has a state to decode with
         let one = Recurrence { slots: 1, capacity: 1, logits: true, weights: DType::F32 };
         return match op.recurrent(types, &one)? {
-            None => Ok(op.clone()),
+            None if op.tokenwise() => Ok(op.clone()),
+            None => Err(UNSAID.into()),
             Some(_) => Err("the op looks back, and has no form that starts anew at each document: \
                             use other batches than `Packed`"
                 .into()),
@@ -43,6 +44,10 @@ fn pack(world: &mut World, node: NodeId, op: &Arc<dyn Op>, types: &[TensorType])
     world.set(node, OpRef(packed.clone()));
     Ok(packed)
 }
+
+/// What is wrong with an op of which nobody knows whether it looks back.
+const UNSAID: &str = "the op has no recurrent form and does not say that it works on each token alone, so that it can \
+                      neither generate nor start anew at documents: its author adds `Op::recurrent` or `Op::tokenwise`";
 
 /// Gives a node its recurrent form: states as further inputs, and as further outputs that update them.
 fn recur(world: &mut World, node: NodeId, name: &str, recurrent: Recurrent) -> Result<Vec<TensorType>, OpError> {
@@ -226,6 +231,7 @@ fn infer_node(
     finish(world, node, &*form);
     let outputs = match recurrence.map(|r| op.recurrent(&types, &r).map_err(context)).transpose()?.flatten() {
         Some(recurrent) => recur(world, node, &name, recurrent)?,
+        None if recurrence.is_some() && !op.tokenwise() => return Err(context(UNSAID.into())),
         None => outputs,
     };
     let existing = world.outputs(node);

@@ -15,6 +15,10 @@ use crate::{Rows, RowsMut, simd_fn};
 
 /// Elements of W that are worth a task.
 const TASK: usize = 1 << 16;
+/// Below so many elements a second thread comes too late.
+const WORTH_SHARING: usize = 1 << 15;
+/// Tasks have a multiple of so many rows of W, so that none is left to be taken singly but the last.
+const TOGETHER: usize = 16;
 /// Most rows of x for which this is the way to go; for more, [`matmul`] is.
 pub const MOST_ROWS: usize = 16;
 /// Rows of W that are widened at a time for [`matmul`].
@@ -55,7 +59,10 @@ pub fn product(x: Rows<'_>, weights: Weights<'_>, bias: Option<&[f32]>, y: RowsM
 
 fn few(x: Rows<'_>, weights: Weights<'_>, bias: Option<&[f32]>, y: RowsMut<'_>) {
     let ((n, k), m) = (weights.size(), x.rows());
-    let grain = if n * k < 2 * TASK { n } else { (TASK / k.max(1)).max(8) };
+    let grain = match n * k {
+        few if few < WORTH_SHARING => n,
+        elements => (TASK.min(elements / 4) / k).max(1).next_multiple_of(TOGETHER),
+    };
     let tasks = |x: Rows<'_>| {
         parallel_ranges(n, grain, |range| {
             let bias = bias.map(|b| &b[range.clone()]);
@@ -104,6 +111,7 @@ fn all<S: Simd>(s: S, dots: &impl Dots<S>, bias: Option<&[f32]>, y: &mut RowsMut
     let mut m = 0;
     while m < y.rows() {
         m += match y.rows() - m {
+            1 if S::LANES == 16 => some::<S, 1, 16>(s, dots, m, bias, y),
             1 => some::<S, 1, 8>(s, dots, m, bias, y),
             2 => some::<S, 2, 4>(s, dots, m, bias, y),
             3 => some::<S, 3, 2>(s, dots, m, bias, y),
@@ -137,6 +145,18 @@ fn some<S: Simd, const M: usize, const R: usize>(
     M
 }
 
+/// The sums of the lanes. Loops: a closure that `map` is given is compiled without the vectors of `S`.
+#[inline(always)]
+fn total<S: Simd, const M: usize, const R: usize>(s: S, sums: &[[S::F; R]; M]) -> [[f32; R]; M] {
+    let mut results = [[0.0; R]; M];
+    for i in 0..M {
+        for j in 0..R {
+            results[i][j] = s.sum(sums[i][j]);
+        }
+    }
+    results
+}
+
 struct Single<'a> {
     x: Rows<'a>,
     w: Rows<'a>,
@@ -151,11 +171,14 @@ impl<S: Simd> Dots<S> for Single<'_> {
         let mut sums = [[s.zero(); R]; M];
         let mut c = 0;
         while c + S::LANES <= k {
-            let w: [S::F; R] = std::array::from_fn(|j| s.load(&w[j][c..]));
+            let mut x_lanes = [s.zero(); M];
             for i in 0..M {
-                let x = s.load(&x[i][c..]);
-                for j in 0..R {
-                    sums[i][j] = s.fma(x, w[j], sums[i][j]);
+                x_lanes[i] = s.load(&x[i][c..]);
+            }
+            for j in 0..R {
+                let w = s.load(&w[j][c..]);
+                for i in 0..M {
+                    sums[i][j] = s.fma(x_lanes[i], w, sums[i][j]);
                 }
             }
             c += S::LANES;
@@ -168,7 +191,7 @@ impl<S: Simd> Dots<S> for Single<'_> {
                 }
             }
         }
-        sums.map(|row| row.map(|sum| s.sum(sum)))
+        total(s, &sums)
     }
 }
 
@@ -204,7 +227,7 @@ impl<S: Simd> Dots<S> for Half<'_> {
             }
             c += 2 * SORTED;
         }
-        let mut results = sums.map(|row| row.map(|sum| s.sum(sum)));
+        let mut results = total(s, &sums);
         for i in 0..M {
             for j in 0..R {
                 let rest = x[i][whole..].iter().zip(&w[j][whole..]);

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Args;
 use dataflow_graph::diagnostic::{Diagnostic, Errors};
@@ -13,6 +14,7 @@ use super::{DeviceArgs, print};
 use crate::files::FileError;
 use crate::generate::open;
 use crate::serve::{Limits, Options, Server};
+use crate::signals;
 
 #[derive(Args)]
 pub(super) struct Serve {
@@ -54,6 +56,25 @@ pub(super) struct Serve {
     device: DeviceArgs,
 }
 
+/// How often it is looked whether a signal came.
+const GLANCE: Duration = Duration::from_millis(50);
+
+/// From now on the first SIGINT or SIGTERM ends the taking of requests, and a second one the process.
+fn stop_on_signals(server: &mut Server) -> Result<(), Errors> {
+    signals::listen().map_err(|e| Diagnostic::new(format!("cannot listen to signals: {e}")))?;
+    let Some(stop) = server.stopper() else { return Ok(()) };
+    let watch = move || {
+        while signals::received().is_none() {
+            std::thread::sleep(GLANCE);
+        }
+        eprintln!("stopping: answers that were begun are finished; a second signal ends the program at once");
+        // the server may have ended by itself
+        let _ = stop.send(());
+    };
+    let started = std::thread::Builder::new().name("signals".into()).spawn(watch);
+    started.map(drop).map_err(|e| Diagnostic::new(format!("cannot start a thread: {e}")).into())
+}
+
 impl Serve {
     pub(super) fn run(self, registry: &Arc<Registry>) -> Result<(), Errors> {
         let token = self.token()?;
@@ -81,7 +102,7 @@ impl Serve {
         let limit = pool.limit().map_or("no limit".to_string(), |n| format!("{n} tokens"));
         let address = SocketAddr::new(self.host, self.port);
         let server = Server::start(Options { address, name: name.clone(), token, limits }, pool, vocabulary);
-        let server = server.map_err(|e| {
+        let mut server = server.map_err(|e| {
             let error = Diagnostic::new(format!("cannot listen at {address}: {e}"));
             error.help("choose another port with --port, or 0 for any")
         })?;
@@ -94,7 +115,10 @@ impl Serve {
             self.slots,
             server.address()
         ));
-        server.wait().map_err(|e| Diagnostic::new(e.to_string()).into())
+        stop_on_signals(&mut server)?;
+        server.wait().map_err(|e| Diagnostic::new(e.to_string()))?;
+        print("stopped: every answer that was begun is out\n");
+        Ok(())
     }
 
     fn token(&self) -> Result<Option<String>, Errors> {

@@ -1,5 +1,7 @@
 //! Batches of inputs and targets, and what gives them.
 
+use std::path::PathBuf;
+
 use dataflow_graph::session::Session;
 
 use super::token_file::{TokenFileError, Tokenizer};
@@ -134,6 +136,11 @@ pub trait BatchSource: Send + Sync {
 
     /// What turned a text into tokens, where there is one.
     fn tokenizer(&self) -> Option<&Tokenizer> {
+        None
+    }
+
+    /// The tokenizer's file, where it has one.
+    fn tokenizer_file(&self) -> Option<PathBuf> {
         None
     }
 

@@ -1,5 +1,7 @@
 //! Sequences that hold several documents, each of which is one of its own to the model.
 
+use std::path::PathBuf;
+
 use super::batch::{Batch, BatchError, BatchSource, Draw, Split};
 use super::sequential::{Sequential, SequentialBatches};
 use super::token_file::{TokenSplits, Tokenizer};
@@ -51,6 +53,10 @@ impl BatchSource for PackedBatches {
 
     fn tokenizer(&self) -> Option<&Tokenizer> {
         self.sequential.tokenizer()
+    }
+
+    fn tokenizer_file(&self) -> Option<PathBuf> {
+        self.sequential.tokenizer_file()
     }
 
     fn packed(&self) -> bool {

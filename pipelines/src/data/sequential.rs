@@ -1,5 +1,6 @@
 //! Each token of a token file once per epoch.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -65,6 +66,10 @@ impl BatchSource for SequentialBatches {
 
     fn tokenizer(&self) -> Option<&Tokenizer> {
         self.windows.tokenizer()
+    }
+
+    fn tokenizer_file(&self) -> Option<PathBuf> {
+        self.windows.tokenizer_file()
     }
 
     fn fill(&mut self, draw: Draw, batch: &mut Batch) -> Result<(), BatchError> {

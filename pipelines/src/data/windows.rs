@@ -1,5 +1,6 @@
 //! Windows at random places of a token file.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -69,6 +70,13 @@ impl BatchSource for WindowBatches {
 
     fn tokenizer(&self) -> Option<&Tokenizer> {
         Some(&self.splits.train.description().tokenizer)
+    }
+
+    fn tokenizer_file(&self) -> Option<PathBuf> {
+        match &self.splits.train.description().tokenizer {
+            Tokenizer::Json { file, .. } => Some(self.splits.train.path().with_file_name(file)),
+            _ => None,
+        }
     }
 
     fn fill(&mut self, draw: Draw, batch: &mut Batch) -> Result<(), BatchError> {

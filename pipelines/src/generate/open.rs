@@ -1,7 +1,7 @@
 //! A trained model, ready to continue text.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use dataflow_graph::diagnostic::Errors;
@@ -12,6 +12,8 @@ use dataflow_kernels::device::Device;
 
 use super::pool::{Pool, Setup};
 use super::vocabulary::Vocabulary;
+use crate::data::Tokenizer;
+use crate::report::folder::TOKENIZER;
 use crate::saved::Saved;
 
 /// How many sequences, of how many tokens, a model is opened for.
@@ -53,9 +55,19 @@ pub fn saved(path: &Path) -> Result<Saved, Errors> {
     Ok(saved)
 }
 
-/// What turns text into tokens for a saved model, if that is known.
+/// What turns text into tokens for a saved model, if that is known. A tokenizer's file is looked for beside the weights and
+/// in the folders above, up to the run's; if it is not there, standard error tells.
 pub fn vocabulary(saved: &Saved) -> Option<Vocabulary> {
-    saved.tokenizer.as_ref().and_then(Vocabulary::new)
+    let Some(Tokenizer::Json { sha256, end_of_text, .. }) = &saved.tokenizer else {
+        return saved.tokenizer.as_ref().and_then(Vocabulary::new);
+    };
+    // RUN/checkpoints/STEP/weights.safetensors
+    let places: Vec<PathBuf> = saved.weights.ancestors().skip(1).take(3).map(|p| p.join(TOKENIZER)).collect();
+    let found = match places.iter().find(|path| path.is_file()) {
+        Some(path) => Vocabulary::of_file(path, sha256, *end_of_text),
+        None => Err(format!("{} is missing: put the tokenizer's file there", places[places.len() - 1].display())),
+    };
+    found.map_err(|what| eprintln!("warning: the model has no text, only tokens: {what}")).ok()
 }
 
 /// The context length that a model was trained with.

@@ -1,9 +1,14 @@
 //! From text to tokens and back.
 
+use std::path::Path;
 use std::sync::Arc;
+
+use sha2::{Digest, Sha256};
 
 use crate::data::Tokenizer;
 use crate::data::chars::Chars;
+use crate::data::text::hexadecimal;
+use crate::data::tokenizer::json::Json;
 use crate::data::tokenizer::{Choice, Codec};
 
 /// What turns text into tokens for a trained model.
@@ -24,9 +29,22 @@ impl Vocabulary {
             Tokenizer::Chars { symbols } => Some(Self(Kind::Chars(symbols.clone()))),
             Tokenizer::Gpt2 => codec(Choice::Gpt2),
             Tokenizer::Bytes => codec(Choice::Bytes),
-            // its file lies beside token files that may be elsewhere
+            // needs its file: see `of_file`
             Tokenizer::Json { .. } | Tokenizer::Unknown => None,
         }
+    }
+
+    /// That of a tokenizer's file.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or whose SHA-256 is not the one given.
+    pub fn of_file(path: &Path, sha256: &str, end_of_text: u32) -> Result<Self, String> {
+        let bytes = std::fs::read(path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+        if hexadecimal(&Sha256::digest(&bytes)) != sha256 {
+            return Err(format!("{} is not the file that made the tokens of training", path.display()));
+        }
+        let json = Json::with_end(path, end_of_text).map_err(|e| e.to_string())?;
+        Ok(Self(Kind::Codec(Arc::new(json))))
     }
 
     /// Number of tokens.
@@ -34,6 +52,14 @@ impl Vocabulary {
         match &self.0 {
             Kind::Chars(chars) => chars.vocabulary(),
             Kind::Codec(codec) => codec.vocabulary(),
+        }
+    }
+
+    /// The token that ends a document, where there is one.
+    pub fn end_of_text(&self) -> Option<u32> {
+        match &self.0 {
+            Kind::Chars(_) => None,
+            Kind::Codec(codec) => Some(codec.end_of_text()),
         }
     }
 
@@ -64,7 +90,7 @@ impl Vocabulary {
     pub fn bytes(&self, token: u32) -> Result<Vec<u8>, String> {
         match &self.0 {
             Kind::Chars(chars) => chars.decode([token]).map(String::into_bytes).map_err(|e| e.to_string()),
-            Kind::Codec(codec) if (token as usize) < codec.vocabulary() => Ok(codec.decode(&[token])),
+            Kind::Codec(codec) if (token as usize) < codec.vocabulary() => Ok(codec.bytes(token)),
             Kind::Codec(codec) => Err(format!("token {token} is none of the {}", codec.vocabulary())),
         }
     }

@@ -13,6 +13,9 @@ pub const RESOLVED: &str = "resolved.ron";
 /// How the run was started.
 pub const ORIGIN: &str = "run.ron";
 
+/// The tokenizer that made the tokens, where it has a file.
+pub const TOKENIZER: &str = "tokenizer.json";
+
 /// The folder that a run writes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunFolder {
@@ -81,6 +84,12 @@ impl RunFolder {
         let missing: Vec<_> = self.texts.iter().filter(missing).collect();
         missing.iter().try_for_each(|text| self.write(text))?;
         Ok(!missing.is_empty())
+    }
+
+    /// Copies a file to the folder.
+    pub fn keep(&self, file: &Path, name: &str) -> Result<(), FileError> {
+        let bytes = fs::read(file).map_err(FileError::on("read", file))?;
+        files::write_atomically(&self.file(name), |to| to.write_all(&bytes))
     }
 
     /// The folder.

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
 use axum::extract::{DefaultBodyLimit, Request as HttpRequest, State};
 use axum::http::{StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
@@ -21,6 +22,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use super::Options;
 use super::engine::{Event, Facts, Job, Token};
 use super::protocol::{Refusal, Request, Wanted, logprobs};
+use super::tokens;
 
 /// What the handlers share.
 pub struct Service {
@@ -36,6 +38,11 @@ impl Service {
     pub fn new(options: Options, facts: Facts, jobs: Sender<Job>) -> Self {
         Self { options, facts, jobs, requests: AtomicU64::new(0), started: now() }
     }
+
+    /// What does not change about the model.
+    pub fn facts(&self) -> &Facts {
+        &self.facts
+    }
 }
 
 fn now() -> u64 {
@@ -49,6 +56,9 @@ pub fn router(service: Arc<Service>) -> Router {
         .route("/v1/completions", post(completions))
         .route("/v1/models", get(models))
         .route("/v1/models/{name}", get(model))
+        .route("/tokenizer_info", get(tokens::info))
+        .route("/tokenize", post(tokens::tokenize))
+        .route("/detokenize", post(tokens::detokenize))
         .fallback(|| async { refuse(Refusal { status: 404, message: "there is nothing at this path".into() }) })
         .method_not_allowed_fallback(|| async {
             refuse(Refusal { status: 405, message: "this path takes another method".into() })
@@ -58,7 +68,16 @@ pub fn router(service: Arc<Service>) -> Router {
         .with_state(service)
 }
 
-fn refuse(refusal: Refusal) -> Response {
+/// The body of a request, if it is not too long.
+pub(super) fn read(service: &Service, body: Result<Bytes, BytesRejection>) -> Result<Bytes, Refusal> {
+    body.map_err(|rejection| {
+        let (status, message) = (rejection.status().as_u16(), rejection.body_text());
+        let most = service.options.limits.body_bytes;
+        Refusal { status, message: format!("{message} (this server takes {most} bytes)") }
+    })
+}
+
+pub(super) fn refuse(refusal: Refusal) -> Response {
     let status = StatusCode::from_u16(refusal.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let mut response = (status, Json(refusal.body())).into_response();
     if status == StatusCode::TOO_MANY_REQUESTS {
@@ -104,17 +123,10 @@ async fn model(
     }
 }
 
-async fn completions(
-    State(service): State<Arc<Service>>,
-    body: Result<Bytes, axum::extract::rejection::BytesRejection>,
-) -> Response {
-    let body = match body {
+async fn completions(State(service): State<Arc<Service>>, body: Result<Bytes, BytesRejection>) -> Response {
+    let body = match read(&service, body) {
         Ok(body) => body,
-        Err(rejection) => {
-            let (status, message) = (rejection.status().as_u16(), rejection.body_text());
-            let most = service.options.limits.body_bytes;
-            return refuse(Refusal { status, message: format!("{message} (this server takes {most} bytes)") });
-        }
+        Err(refusal) => return refuse(refusal),
     };
     // a long prompt takes a moment to parse and encode; others need not wait for that
     let parsing = service.clone();

@@ -7,6 +7,7 @@
 pub mod engine;
 pub mod http;
 pub mod protocol;
+pub mod tokens;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

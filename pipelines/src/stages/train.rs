@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{Kind, Product, Run, RunFolderChoice, Stage, StageError, StageRegistry};
 use crate::checkpoint::Store;
 use crate::report::RunFolder;
+use crate::report::folder::TOKENIZER;
 use crate::trainer::{OnNonfinite, Setup, Trainer};
 
 /// So many updates, each with the gradient of one or more batches.
@@ -98,6 +99,11 @@ impl Stage for Train {
                 folder
             }
         };
+        // text goes in and comes out of the trained model wherever the folder is moved to
+        let tokenizer = optimized.objective.model.batches.tokenizer_file();
+        if let Some(file) = tokenizer.filter(|file| file.is_file()) {
+            folder.keep(&file, TOKENIZER).map_err(StageError::from_error)?;
+        }
         run.folder = RunFolderChoice::Made(folder);
         run.trainer = Some(trainer);
         Ok(Product::Training)

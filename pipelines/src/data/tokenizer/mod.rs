@@ -47,6 +47,11 @@ pub trait Codec: Send + Sync {
     /// The bytes that tokens stand for; a character may be spread over several tokens. Numbers that no token has are
     /// left out.
     fn decode(&self, tokens: &[u32]) -> Vec<u8>;
+
+    /// What one token adds to a text that is there already.
+    fn bytes(&self, token: u32) -> Vec<u8> {
+        self.decode(&[token])
+    }
 }
 
 /// A tokenizer at work on one thread.

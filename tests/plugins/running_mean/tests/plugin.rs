@@ -7,13 +7,13 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 
 use dataflow::graph::compile::{Compiled, Request, compile};
-use dataflow::graph::components::Options;
+use dataflow::graph::components::{Options, Recurrence};
 use dataflow::graph::diagnostic::{Errors, Source};
 use dataflow::graph::format::model::ModelFile;
 use dataflow::graph::op::{NodeView, Op, OpError};
 use dataflow::graph::optimizer::{Optimizer, Update};
 use dataflow::graph::session::Session;
-use dataflow::graph::types::TensorType;
+use dataflow::graph::types::{DType, TensorType};
 use dataflow::kernels::device::{CpuDevice, Kernel, Target};
 use dataflow::ops::loss::CrossEntropy;
 use dataflow::{App, Info, Plugin, Registry};
@@ -220,4 +220,47 @@ fn an_op_without_a_gradient_on_a_path_to_the_loss_is_an_error() {
     // beside the path it does no harm: nothing asks for its gradient
     let beside = "(\"copy\", Opaque, [\"embedding\"]),\n(\"logits\", Linear(out: 8), [\"embedding\"])";
     build(beside).unwrap_or_else(|e| panic!("{e}"));
+}
+
+/// A program of one token would give the token itself where the model means the mean of all before it.
+#[test]
+fn an_op_of_which_nobody_knows_whether_it_looks_back_does_not_generate() {
+    let generate = |name: &str| {
+        let text = fs::read_to_string(file("model.ron")).unwrap();
+        let source = Source { name: "model.ron".into(), text: edited(&text, name) };
+        let model = Arc::new(ModelFile::parse(Arc::new(source)).unwrap());
+        let scope = model.config(&BTreeMap::new()).unwrap();
+        let options = Options {
+            batch: 1,
+            block: 1,
+            micro_batches: 1,
+            seed: 0,
+            training: false,
+            recurrent: Some(Recurrence { slots: 1, capacity: 16, logits: true, weights: DType::F32 }),
+            target: Target::Cpu,
+            packed: false,
+        };
+        compile(&Request {
+            registry: App::new().add_plugin(RunningMeanPlugin).into_registry(),
+            model,
+            scope,
+            options,
+            objectives: vec![],
+            optimizer: None,
+            without: vec![],
+            memory_budget: None,
+        })
+    };
+    let message = generate("RunningMean").err().expect("an error").to_string();
+    for part in ["model.ron:", "`RunningMean`", "no recurrent form", "Op::recurrent"] {
+        assert!(message.contains(part), "{part} is not in: {message}");
+    }
+    // an elementwise op of the plugin is known to look at each token alone
+    generate("LeakyRelu").unwrap_or_else(|e| panic!("{e}"));
+}
+
+/// The model with another op in place of the running mean.
+fn edited(text: &str, op: &str) -> String {
+    assert!(text.contains("RunningMean"), "{text}");
+    text.replace("RunningMean", op)
 }
