@@ -124,7 +124,7 @@ fn bench_measures_and_compares() {
     let value = json(&folder.succeeds(&[&bench[..], &["--json", "--precision", "bf16"]].concat()));
     assert_eq!(value["precision"], "bf16");
     let ran = folder.dataflow(&[&bench[..], &["--precision", "f16"]].concat());
-    assert!(ran.code == Some(2) && ran.err.contains("there are: f32, bf16"), "{}", ran.err);
+    assert!(ran.code == Some(2) && ran.err.contains("[possible values: f32, tf32, bf16]"), "{}", ran.err);
     let ran = folder.dataflow(&[&bench[..], &["--compare", "pipe.ron"]].concat());
     assert!(ran.code == Some(1) && ran.err.contains("pipe.ron is no result of `dataflow bench`"), "{}", ran.err);
 }
