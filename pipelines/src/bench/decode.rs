@@ -3,10 +3,12 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use dataflow_graph::components::{Precision, Target};
 use dataflow_graph::diagnostic::Errors;
 use serde::Serialize;
 
 use super::median;
+use super::roofline::Roofline;
 use crate::generate::pool::{Next, Pool, Setup};
 
 /// Steps before the first that counts.
@@ -44,7 +46,7 @@ pub struct Decoding {
 /// # Errors
 /// Everything that is wrong with the model, or no memory left.
 pub fn measure(setup: Setup, context: usize, steps: usize, threads: usize) -> Result<Decoding, Errors> {
-    let slots = setup.slots;
+    let (slots, registry, device) = (setup.slots, setup.registry.clone(), setup.device.clone());
     let mut pool = Pool::new(setup)?;
     pool.parameters().initialize(1)?;
     let classes = pool.classes();
@@ -63,7 +65,10 @@ pub fn measure(setup: Setup, context: usize, steps: usize, threads: usize) -> Re
         token = crate::generate::sampling::best(&logits[..classes]) as usize;
     }
     let (state_bytes, weight_bytes) = pool.bytes();
-    let read_bytes_per_s = read_rate(threads);
+    let read_bytes_per_s = match device.target() {
+        Target::Cpu => read_rate(threads),
+        Target::Cuda => Roofline::measure(&registry, &device, Precision::F32)?.bytes_per_s,
+    };
     let (step, bound) = (median(&seconds), weight_bytes as f64 / read_bytes_per_s);
     let extreme = |pick: fn(f64, f64) -> f64| seconds.iter().copied().reduce(pick).unwrap_or(0.0) * 1e3;
     Ok(Decoding {

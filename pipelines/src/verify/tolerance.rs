@@ -35,8 +35,7 @@ impl Kind {
             (Precision::F32, Kind::GradientNorm | Kind::Recurrent) => 1e-3,
             (Precision::Bf16, Kind::Trajectory) => 5e-3,
             (Precision::Bf16, Kind::Values) => 2e-2,
-            (Precision::Bf16, Kind::GradientNorm) => 5e-2,
-            (Precision::Bf16, Kind::Deep | Kind::Recurrent) => 5e-1,
+            (Precision::Bf16, Kind::GradientNorm | Kind::Deep | Kind::Recurrent) => 5e-1,
         }
     }
 }
