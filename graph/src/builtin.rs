@@ -208,35 +208,16 @@ impl Op for Pad {
     }
 }
 
-/// The first columns of a matrix, where they lie.
+/// The first rows and columns of a matrix, where they lie.
 #[derive(Clone, Debug)]
-pub struct FirstColumns {
-    /// How many.
-    pub cols: usize,
+pub struct Corner {
+    /// The shape of that part.
+    pub shape: Vec<usize>,
 }
 
-impl Op for FirstColumns {
+impl Op for Corner {
     fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
-        Ok(vec![inputs[0].with_cols(self.cols)])
-    }
-    fn view(&self, _: &[TensorType]) -> Option<View> {
-        Some(View::Columns(vec![0]))
-    }
-    fn strided(&self) -> bool {
-        true
-    }
-}
-
-/// The first rows of a matrix, where they lie.
-#[derive(Clone, Debug)]
-pub struct FirstRows {
-    /// How many.
-    pub rows: usize,
-}
-
-impl Op for FirstRows {
-    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, OpError> {
-        Ok(vec![TensorType { shape: vec![self.rows, inputs[0].cols()], dtype: inputs[0].dtype }])
+        Ok(vec![TensorType { shape: self.shape.clone(), dtype: inputs[0].dtype }])
     }
     fn view(&self, _: &[TensorType]) -> Option<View> {
         Some(View::Columns(vec![0]))

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::str::FromStr;
 use std::sync::Arc;
 
 pub use dataflow_kernels::device::Target;
@@ -84,6 +83,14 @@ pub struct Options {
     pub packed: bool,
 }
 
+impl Options {
+    /// A program that evaluates a batch of independent rows on the processor, without random masks.
+    pub fn new(batch: usize, block: usize) -> Self {
+        let target = Target::Cpu;
+        Self { batch, block, micro_batches: 1, seed: 0, training: false, recurrent: None, target, packed: false }
+    }
+}
+
 /// Resource: the most bytes that activations and gradients may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryBudget(pub usize);
@@ -97,17 +104,6 @@ pub enum Precision {
     F32,
     /// Factors of matrix products in `bf16`.
     Bf16,
-}
-
-impl FromStr for Precision {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "f32" => Ok(Self::F32),
-            "bf16" => Ok(Self::Bf16),
-            _ => Err("there are: f32, bf16".into()),
-        }
-    }
 }
 
 impl fmt::Display for Precision {

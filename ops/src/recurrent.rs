@@ -95,9 +95,9 @@ pub(crate) struct Continuation<'a> {
 }
 
 impl Continuation<'_> {
-    /// The form, whose kernel for the processor is run for each sequence with the inputs, its tokens' rows of the results and its slot's rows
-    /// of the states. There may be fewer than `I` inputs or `R` results, and tokens are not handed on: such have no rows. The one for a
-    /// CUDA device has inputs, results and states in the same order, of all sequences.
+    /// The form, whose kernel for the processor is run for each sequence with the inputs, its tokens' rows of the results and
+    /// its slot's rows of the states. There may be fewer than `I` inputs or `R` results, and tokens are not handed on: such
+    /// have no rows. The one for a CUDA device has inputs, results and states in the same order, of all sequences.
     pub fn on<const I: usize, const R: usize, const S: usize>(
         self,
         task: impl Fn(&[Rows<'_>; I], Sequence, [RowsMut<'_>; R], [RowsMut<'_>; S]) + Send + Sync + 'static,

@@ -419,14 +419,12 @@ impl Setup {
             model: objective.model.file.clone(),
             scope: objective.model.scope.clone(),
             options: Options {
-                batch,
-                block,
                 micro_batches: if training { self.micro_batches } else { 1 },
                 seed: self.seed,
                 training,
-                recurrent: None,
                 target: self.device.target(),
                 packed: objective.model.batches.packed(),
+                ..Options::new(batch, block)
             },
             objectives: objective.list(training),
             optimizer: training.then(|| self.optimized.optimizer(self.steps)),

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use dataflow::App;
 use dataflow::checkpoint::{Numbers, Tensor, Tensors, tensors};
 use dataflow::graph::compile::{Request, compile};
-use dataflow::graph::components::{Options, Target};
+use dataflow::graph::components::Options;
 use dataflow::graph::session::Session;
 use dataflow::kernels::device::CpuDevice;
 use dataflow::saved::Saved;
@@ -59,16 +59,7 @@ fn logits(saved: &Saved, tokens: &[i32], batch: usize, block: usize) -> Tensor {
         registry,
         scope: saved.scope(&Default::default()).unwrap(),
         model: saved.model.clone(),
-        options: Options {
-            batch,
-            block,
-            micro_batches: 1,
-            seed: 0,
-            training: false,
-            recurrent: None,
-            packed: false,
-            target: Target::Cpu,
-        },
+        options: Options::new(batch, block),
         objectives: Vec::new(),
         optimizer: None,
         without: Vec::new(),

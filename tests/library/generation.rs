@@ -7,7 +7,7 @@ use std::sync::Arc;
 use dataflow::App;
 use dataflow::generate::pool::{Next, Pool, Setup};
 use dataflow::graph::compile::{Request, compile};
-use dataflow::graph::components::{Options, Target};
+use dataflow::graph::components::Options;
 use dataflow::graph::format::formula::Number;
 use dataflow::graph::format::model::ModelFile;
 use dataflow::graph::session::Session;
@@ -37,16 +37,7 @@ impl Model {
     /// The logits of the parallel form, `[tokens, classes]`.
     fn parallel(&self, tokens: &[u32]) -> Vec<f32> {
         let Setup { registry, device, model, scope, .. } = &self.setup;
-        let options = Options {
-            batch: 1,
-            block: tokens.len(),
-            micro_batches: 1,
-            seed: 0,
-            training: false,
-            recurrent: None,
-            target: Target::Cpu,
-            packed: false,
-        };
+        let options = Options::new(1, tokens.len());
         let request = Request {
             registry: registry.clone(),
             model: model.clone(),

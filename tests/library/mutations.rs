@@ -6,7 +6,7 @@ use std::sync::Arc;
 use dataflow::App;
 use dataflow::graph::check::check;
 use dataflow::graph::compile::{Request, compile};
-use dataflow::graph::components::{Options, Target};
+use dataflow::graph::components::Options;
 use dataflow::graph::diagnostic::{Diagnostic, Errors, Source};
 use dataflow::graph::format::formula::Number;
 use dataflow::graph::format::model::ModelFile;
@@ -149,16 +149,7 @@ fn train(registry: &Arc<Registry>, device: &Arc<dyn Device>, text: &str, set: &[
     let scope = model.config(&set)?;
     let adamw =
         AdamW { schedule: Schedule::Constant(1e-3), betas: (0.9, 0.99), eps: 1e-8, decay: 0.1, clip: Some(1.0) };
-    let options = Options {
-        batch: 2,
-        block: 8,
-        micro_batches: 1,
-        seed: 0,
-        training: true,
-        recurrent: None,
-        packed: false,
-        target: Target::Cpu,
-    };
+    let options = Options { training: true, ..Options::new(2, 8) };
     let compiled = compile(&Request {
         registry: registry.clone(),
         model,

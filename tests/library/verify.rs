@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use dataflow::verify::{Comparison, On, VerifyError, models_in, trajectory, verify_file};
+use dataflow::verify::{Backend, Comparison, VerifyError, models_in, trajectory, verify_file};
 use dataflow_graph::components::Precision;
 use dataflow_graph::registry::Registry;
 use dataflow_kernels::device::CpuDevice;
@@ -20,8 +20,8 @@ fn golden(name: &str) -> PathBuf {
     root().join("tests/golden").join(name)
 }
 
-fn on(threads: usize) -> On {
-    On { device: Arc::new(CpuDevice::new(Some(threads)).unwrap()), precision: Precision::F32 }
+fn backend(threads: usize) -> Backend {
+    Backend { device: Arc::new(CpuDevice::new(Some(threads)).unwrap()), precision: Precision::F32 }
 }
 
 fn registry() -> Arc<Registry> {
@@ -31,7 +31,7 @@ fn registry() -> Arc<Registry> {
 }
 
 fn verify(path: &Path) -> Result<Vec<Comparison>, VerifyError> {
-    verify_file(path, &registry(), &models_in(&root().join("models")), &on(2))
+    verify_file(path, &registry(), &models_in(&root().join("models")), &backend(2))
 }
 
 /// The safetensors files of a folder, sorted.
@@ -278,7 +278,7 @@ fn training_gives_the_same_bits_on_one_and_two_threads() {
     for path in files("models") {
         let model = path.display();
         let run = |threads| {
-            trajectory(&path, &registry(), &models_in(&root().join("models")), &on(threads))
+            trajectory(&path, &registry(), &models_in(&root().join("models")), &backend(threads))
                 .unwrap_or_else(|e| panic!("{e}"))
         };
         let (one, two) = (run(1), run(2));

@@ -12,14 +12,14 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::build::add_op;
-use crate::builtin::{Beside, Cast, Fill, FirstColumns, FirstRows, Pad};
-use crate::components::{GradientOf, Name, OpRef, Parameters, Phase, Precision, Role};
-use crate::op::{Axes, Op, OpError};
+use crate::build::{add_op, replace_everywhere};
+use crate::builtin::{Beside, Cast, Corner, Fill, Pad};
+use crate::components::{Name, OpRef, Phase, Precision, Role};
+use crate::op::{Axes, OpError};
 use crate::types::{DType, TensorType};
 use crate::world::{NodeId, ValueId, World};
 
-use super::simplify::{Alias, NoLaunch, is_output, is_updated, may_have_gaps};
+use super::simplify::{Alias, NoLaunch, is_output, is_updated, may_have_gaps, remove_dead};
 
 /// What sizes shall be multiples of.
 const WIDTH: usize = 8;
@@ -37,13 +37,8 @@ pub fn align_products(world: &mut World) -> Result<(), OpError> {
             wide.align(world, node, &axes)?;
         }
     }
-    // weights that all readers take with zeros
-    for node in world.nodes() {
-        let unread = world.outputs(node).iter().all(|v| world.consumers(*v).is_empty() && !is_output(world, *v));
-        if unread && world.expect::<OpRef>(node).0.downcast::<Cast>().is_some() {
-            world.remove_node(node);
-        }
-    }
+    // weights that all readers take with zeros need no other copy
+    remove_dead(world);
     Ok(())
 }
 
@@ -101,10 +96,7 @@ impl Wide {
         let (tensor, role) = (world.expect::<TensorType>(value).clone(), *world.expect::<Role>(value));
         let wide = match weight(world, value) {
             Some(parameter) => {
-                let mut shape: Vec<usize> = tensor.shape.iter().map(|n| n.next_multiple_of(WIDTH)).collect();
-                if shape.len() > 2 {
-                    shape = vec![tensor.rows().next_multiple_of(WIDTH), tensor.cols().next_multiple_of(WIDTH)];
-                }
+                let shape = tensor.shape.iter().map(|n| n.next_multiple_of(WIDTH)).collect();
                 let pad = Arc::new(Pad { to: DType::Bf16, shape });
                 add_op(world, &name, None, pad, &[parameter], role, Phase::Step)?[0]
             }
@@ -130,28 +122,18 @@ impl Wide {
     fn widen(&mut self, world: &mut World, value: ValueId, [rows, _]: [bool; 2]) -> Result<(), OpError> {
         let name = world.expect::<Name>(value).0.clone();
         let (tensor, role) = (world.expect::<TensorType>(value).clone(), *world.expect::<Role>(value));
-        let readers = world.consumers(value);
-        let (wide, first): (TensorType, Arc<dyn Op>) = match rows {
-            true => {
-                let shape = vec![tensor.rows().next_multiple_of(WIDTH), tensor.cols()];
-                (TensorType { shape, ..tensor.clone() }, Arc::new(FirstRows { rows: tensor.rows() }))
-            }
-            false => {
-                let cols = tensor.cols();
-                (tensor.with_cols(cols.next_multiple_of(WIDTH)), Arc::new(FirstColumns { cols }))
-            }
+        let wide = match rows {
+            true => TensorType { shape: vec![tensor.rows().next_multiple_of(WIDTH), tensor.cols()], ..tensor.clone() },
+            false => tensor.with_cols(tensor.cols().next_multiple_of(WIDTH)),
         };
         world.set(value, wide);
-        let narrow = add_op(world, &name, None, first, &[value], role, Phase::Step)?[0];
+        let corner = Arc::new(Corner { shape: tensor.shape });
+        let narrow = add_op(world, &name, None, corner, &[value], role, Phase::Step)?[0];
         let (node, _) = world.producer(narrow).expect("it was made by a node");
         world.set(node, NoLaunch);
         world.set(narrow, Alias { of: value, column: 0 });
-        readers.into_iter().for_each(|(reader, port)| world.replace_input(reader, port, narrow));
-        for parameter in world.resource::<Parameters>().cloned().unwrap_or_default().0 {
-            if world.get(parameter) == Some(&GradientOf(value)) {
-                world.set(parameter, GradientOf(narrow));
-            }
-        }
+        replace_everywhere(world, value, narrow);
+        world.replace_input(node, 0, value);
         self.0.insert(narrow, value);
         Ok(())
     }

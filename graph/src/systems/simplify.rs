@@ -42,7 +42,7 @@ pub fn simplify(world: &mut World) -> Result<(), Errors> {
 }
 
 /// Removes nodes that neither lead to an output nor update a state.
-fn remove_dead(world: &mut World) {
+pub(super) fn remove_dead(world: &mut World) {
     let order = world.topological().expect("`expand` reports cycles");
     let outputs: HashSet<ValueId> =
         world.resource::<Outputs>().map(|o| o.0.values().copied().collect()).unwrap_or_default();

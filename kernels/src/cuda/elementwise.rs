@@ -41,22 +41,6 @@ enum RowOf {
 pub fn launch(c: &mut Calls<'_>, program: &Program, repeats: &[Repeat], seed: u64) -> Result<(), KernelError> {
     let outputs: Vec<Tensor> = (0..program.outputs().len()).map(|o| c.output(o)).collect();
     let inputs: Vec<Tensor> = (0..program.inputs()).map(|i| c.input(i)).collect();
-    let step = program.is_random().then(|| c.input(program.inputs()));
-    compute(c, program, (&inputs, repeats), &outputs, step, seed)
-}
-
-/// [`launch`] with any tensors.
-///
-/// # Errors
-/// As [`Calls::launch`].
-fn compute(
-    c: &mut Calls<'_>,
-    program: &Program,
-    (inputs, repeats): (&[Tensor], &[Repeat]),
-    outputs: &[Tensor],
-    step: Option<Tensor>,
-    seed: u64,
-) -> Result<(), KernelError> {
     let (rows, cols) = (outputs[0].rows, outputs[0].cols);
     let row_of = |r: &Repeat| match (r.div, r.modulo) {
         (_, 1) => RowOf::First,
@@ -64,7 +48,7 @@ fn compute(
         _ => RowOf::Mapped,
     };
     let whole = inputs.iter().zip(repeats).filter(|(_, r)| !r.column).map(|(t, _)| t);
-    let vector = whole.chain(outputs).map(|t| t.vector(4)).min().unwrap_or(1);
+    let vector = whole.chain(&outputs).map(|t| t.vector(4)).min().unwrap_or(1);
     let forms: Vec<(RowOf, bool, DType)> =
         inputs.iter().zip(repeats).map(|(t, r)| (row_of(r), r.column, t.dtype)).collect();
     let types: Vec<DType> = outputs.iter().map(|t| t.dtype).collect();
@@ -80,11 +64,11 @@ fn compute(
             call = call.arg(repeat.div as i32).arg(repeat.modulo as i32);
         }
     }
-    for tensor in outputs {
+    for tensor in &outputs {
         call = call.rows(*tensor);
     }
-    if let Some(step) = step {
-        call = call.pointer(step).arg(Argument::U64(seed));
+    if program.is_random() {
+        call = call.pointer(c.input(program.inputs())).arg(Argument::U64(seed));
     }
     c.launch(call)
 }

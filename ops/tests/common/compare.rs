@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use dataflow_graph::check::check;
 use dataflow_graph::compile::{Compiled, Request, compile};
-use dataflow_graph::components::{Options, Target};
+use dataflow_graph::components::Options;
 use dataflow_graph::format::formula::Number;
 use dataflow_graph::format::model::ModelFile;
 use dataflow_graph::op::Op;
@@ -40,16 +40,7 @@ pub fn request(model: ModelFile, set: &[(&str, i64)], sizes: (usize, usize), tra
         registry,
         model,
         scope,
-        options: Options {
-            batch: sizes.0,
-            block: sizes.1,
-            micro_batches: 1,
-            seed: 1,
-            training,
-            recurrent: None,
-            target: Target::Cpu,
-            packed: false,
-        },
+        options: Options { seed: 1, training, ..Options::new(sizes.0, sizes.1) },
         objectives: vec![("loss".into(), loss)],
         optimizer: training.then(|| Arc::new(optimizer) as _),
         memory_budget: None,

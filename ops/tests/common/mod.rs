@@ -71,16 +71,7 @@ pub fn training_for(
         registry: Arc::new(registry),
         model,
         scope,
-        options: Options {
-            batch,
-            block,
-            micro_batches: 1,
-            seed: 1,
-            training: true,
-            recurrent: None,
-            packed: false,
-            target,
-        },
+        options: Options { seed: 1, training: true, target, ..Options::new(batch, block) },
         objectives: vec![("loss".into(), loss)],
         optimizer: Some(Arc::new(AdamW {
             schedule: Schedule::Constant(1e-2),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use dataflow_graph::compile::{Request, compile};
-use dataflow_graph::components::{Options, Target};
+use dataflow_graph::components::Options;
 use dataflow_graph::diagnostic::{Diagnostic, Errors};
 use dataflow_graph::format::formula::Number;
 use dataflow_graph::format::model::ModelFile;
@@ -106,16 +106,7 @@ fn check_model(registry: &Arc<Registry>, model: &Arc<ModelFile>, scope: Scope) -
         registry: registry.clone(),
         model: model.clone(),
         scope,
-        options: Options {
-            batch: 1,
-            block: block.max(1),
-            micro_batches: 1,
-            seed: 0,
-            training: false,
-            recurrent: None,
-            target: Target::Cpu,
-            packed: false,
-        },
+        options: Options::new(1, block.max(1)),
         objectives: Vec::new(),
         optimizer: None,
         memory_budget: None,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use dataflow_graph::compile::{Request, compile};
-use dataflow_graph::components::{Options, Target};
+use dataflow_graph::components::Options;
 use dataflow_graph::diagnostic::{Diagnostic, Errors};
 use dataflow_graph::format::model::ModelFile;
 use dataflow_graph::registry::Registry;
@@ -46,16 +46,7 @@ impl Import {
             registry: registry.clone(),
             scope: model.config(&config)?,
             model: model.clone(),
-            options: Options {
-                batch: 1,
-                block: 1,
-                micro_batches: 1,
-                seed: 0,
-                training: false,
-                recurrent: None,
-                target: Target::Cpu,
-                packed: false,
-            },
+            options: Options::new(1, 1),
             objectives: Vec::new(),
             optimizer: None,
             without: Vec::new(),

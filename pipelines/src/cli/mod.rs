@@ -87,12 +87,12 @@ struct PrecisionArgs {
     /// f32; tf32: products in it, on CUDA; bf16: factors of products, on CUDA all activations, with parameters and sums
     /// in f32. The default is f32 on the CPU, bf16 on CUDA
     #[arg(long, value_name = "f32|tf32|bf16")]
-    precision: Option<Precise>,
+    precision: Option<NumberFormat>,
 }
 
 /// What `--precision` names.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Precise {
+enum NumberFormat {
     F32,
     Tf32,
     Bf16,
@@ -104,16 +104,16 @@ impl PrecisionArgs {
         &self,
         device: &DeviceArgs,
         without: &[String],
-        default: Option<Precise>,
+        default: Option<NumberFormat>,
     ) -> Result<(Arc<dyn Device>, Precision), Errors> {
         let wanted = self.precision.or(default);
-        if wanted == Some(Precise::Tf32) && device.device == "cpu" {
+        if wanted == Some(NumberFormat::Tf32) && device.device == "cpu" {
             let error = Diagnostic::new("tf32 is a format of CUDA devices");
             return Err(error.help("use --precision f32 or bf16, or --device cuda").into());
         }
-        let opened = device.open_with(without, wanted == Some(Precise::Tf32))?;
+        let opened = device.open_with(without, wanted == Some(NumberFormat::Tf32))?;
         let precision = match (wanted, opened.target()) {
-            (Some(Precise::Bf16), _) | (None, Target::Cuda) => Precision::Bf16,
+            (Some(NumberFormat::Bf16), _) | (None, Target::Cuda) => Precision::Bf16,
             _ => Precision::F32,
         };
         Ok((opened, precision))

@@ -8,8 +8,8 @@ use dataflow_graph::diagnostic::{Diagnostic, Errors};
 use dataflow_graph::registry::Registry;
 use serde_json::json;
 
-use super::{DeviceArgs, Precise, PrecisionArgs, WithoutArgs, print, print_json};
-use crate::verify::{On, models_in, summary, table, verify_file};
+use super::{DeviceArgs, NumberFormat, PrecisionArgs, WithoutArgs, print, print_json};
+use crate::verify::{Backend, models_in, summary, table, verify_file};
 
 #[derive(Args)]
 pub(super) struct Verify {
@@ -32,13 +32,13 @@ pub(super) struct Verify {
 
 impl Verify {
     pub(super) fn run(self, registry: &Arc<Registry>) -> Result<(), Errors> {
-        let (device, precision) = self.precision.open(&self.device, &self.without.without, Some(Precise::F32))?;
-        let on = On { device, precision };
+        let (device, precision) = self.precision.open(&self.device, &self.without.without, Some(NumberFormat::F32))?;
+        let backend = Backend { device, precision };
         let models = models_in(&self.models);
         let mut errors = Errors::default();
         let mut comparisons = Vec::new();
         for file in &self.files {
-            match verify_file(file, registry, &models, &on) {
+            match verify_file(file, registry, &models, &backend) {
                 Ok(found) => comparisons.extend(found),
                 Err(error) => errors.push(Diagnostic::new(error.to_string())),
             }

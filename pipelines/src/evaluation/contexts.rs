@@ -66,14 +66,9 @@ impl Evaluation<'_> {
             model: self.saved.model.clone(),
             scope: self.scope.clone(),
             options: Options {
-                batch,
-                block,
-                micro_batches: 1,
-                seed: 0,
-                training: false,
-                recurrent: None,
                 target: self.device.target(),
                 packed: self.windows.is_packed(),
+                ..Options::new(batch, block)
             },
             objectives: vec![("loss".into(), Arc::new(CrossEntropy {}))],
             optimizer: None,

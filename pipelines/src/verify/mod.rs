@@ -109,7 +109,7 @@ impl fmt::Display for List<'_> {
 
 /// What computes the numbers that are compared.
 #[derive(Clone)]
-pub struct On {
+pub struct Backend {
     /// Where programs run.
     pub device: Arc<dyn Device>,
     /// The precision that they are compiled for; tolerances follow.
@@ -141,15 +141,15 @@ pub fn verify_file(
     path: &Path,
     registry: &Arc<Registry>,
     models: &Models<'_>,
-    on: &On,
+    backend: &Backend,
 ) -> Result<Vec<Comparison>, VerifyError> {
     let run = || {
         let file = GoldenFile::read(path)?;
         let file_name = path.display().to_string();
-        let mut judge = Judge { file: file_name, precision: on.precision, comparisons: Vec::new() };
+        let mut judge = Judge { file: file_name, precision: backend.precision, comparisons: Vec::new() };
         match (file.word("op"), file.word("model")) {
-            (Some(op), None) => op::verify(&file, op, registry, on, &mut judge)?,
-            (None, Some(model)) => model::verify(&file, model, registry, models, on, &mut judge)?,
+            (Some(op), None) => op::verify(&file, op, registry, backend, &mut judge)?,
+            (None, Some(model)) => model::verify(&file, model, registry, models, backend, &mut judge)?,
             (None, None) => {
                 let message = "the metadata names neither an `op` nor a `model`, so this is no golden file";
                 return Err(Problem::Content(message.into()));
@@ -172,12 +172,12 @@ pub fn trajectory(
     path: &Path,
     registry: &Arc<Registry>,
     models: &Models<'_>,
-    on: &On,
+    backend: &Backend,
 ) -> Result<Trajectory, VerifyError> {
     let run = || {
         let file = GoldenFile::read(path)?;
         let model = file.word("model").ok_or_else(|| Problem::Content("the metadata names no `model`".into()))?;
-        model::trajectory(&file, model, registry, models, on)
+        model::trajectory(&file, model, registry, models, backend)
     };
     run().map_err(|problem| VerifyError { path: path.to_path_buf(), problem })
 }

@@ -21,7 +21,7 @@ use serde::Deserialize;
 use super::file::GoldenFile;
 use super::program::{Gradients, check_parameters, output};
 use super::tolerance::Kind;
-use super::{Judge, Models, On, Problem};
+use super::{Backend, Judge, Models, Problem};
 
 /// Logits of the published recurrent form, where they differ from those of the parallel form.
 const RECURRENT_LOGITS: &str = "decode/logits_recurrent";
@@ -93,7 +93,7 @@ struct Golden<'a> {
     model: Arc<ModelFile>,
     scope: Scope,
     registry: &'a Arc<Registry>,
-    on: &'a On,
+    backend: &'a Backend,
     loss: Arc<dyn Op>,
 }
 
@@ -103,7 +103,7 @@ impl<'a> Golden<'a> {
         name: &str,
         registry: &'a Arc<Registry>,
         models: &Models<'_>,
-        on: &'a On,
+        backend: &'a Backend,
     ) -> Result<Self, Problem> {
         let model = models(name)?;
         let config: Config = file.json("config")?;
@@ -129,7 +129,7 @@ impl<'a> Golden<'a> {
         let scope = model.config(&set)?;
         let loss = registry.ops().and_then(|ops| ops.get("CrossEntropy")).and_then(|entry| entry.parse("()").ok());
         let loss = loss.ok_or_else(|| Diagnostic::new("the op `CrossEntropy` is not registered"))?;
-        Ok(Self { file, model, scope, registry, on, loss })
+        Ok(Self { file, model, scope, registry, backend, loss })
     }
 
     fn compile(
@@ -140,16 +140,7 @@ impl<'a> Golden<'a> {
     ) -> Result<Compiled, Problem> {
         let training = optimizer.is_some();
         self.compile_with(
-            Options {
-                batch,
-                block,
-                micro_batches,
-                seed: 0,
-                training,
-                recurrent: None,
-                packed: false,
-                target: self.on.device.target(),
-            },
+            Options { micro_batches, training, target: self.backend.device.target(), ..Options::new(batch, block) },
             optimizer,
         )
     }
@@ -166,13 +157,13 @@ impl<'a> Golden<'a> {
             memory_budget: None,
             without: Vec::new(),
         };
-        Ok(compile_in(&request, self.on.precision)?)
+        Ok(compile_in(&request, self.backend.precision)?)
     }
 
     /// A session with the file's parameters.
     fn session(&self, compiled: &Compiled) -> Result<Session, Problem> {
         self.check_parameters(&compiled.plan)?;
-        let session = Session::new(self.on.device.clone(), compiled, None)?;
+        let session = Session::new(self.backend.device.clone(), compiled, None)?;
         for planned in &compiled.plan.parameters {
             session.write(&planned.port, self.file.real(&format!("param/{}", planned.parameter.name))?.1);
         }
@@ -230,16 +221,7 @@ impl<'a> Golden<'a> {
     fn compare_steps(&self, tokens: &str, logits: &str, kind: Kind, judge: &mut Judge) -> Result<(), Problem> {
         let ([batch, time], idx) = self.tokens(tokens)?;
         let recurrent = Some(Recurrence { slots: batch, capacity: time, logits: true, weights: DType::F32 });
-        let options = Options {
-            batch,
-            block: 1,
-            micro_batches: 1,
-            seed: 0,
-            training: false,
-            recurrent,
-            packed: false,
-            target: self.on.device.target(),
-        };
+        let options = Options { recurrent, target: self.backend.device.target(), ..Options::new(batch, 1) };
         let mut session = self.session(&self.compile_with(options, None)?)?;
         session.write_input("slots", &(0..batch as i32).collect::<Vec<_>>());
         session.write_input("lengths", &vec![1; batch]);
@@ -344,10 +326,10 @@ pub(super) fn verify(
     name: &str,
     registry: &Arc<Registry>,
     models: &Models<'_>,
-    on: &On,
+    backend: &Backend,
     judge: &mut Judge,
 ) -> Result<(), Problem> {
-    let golden = Golden::new(file, name, registry, models, on)?;
+    let golden = Golden::new(file, name, registry, models, backend)?;
     let plan = golden.compile(golden.tokens("idx")?.0, 1, None)?.plan;
     golden.check_parameters(&plan)?;
     golden.check_decay(&plan)?;
@@ -358,7 +340,7 @@ pub(super) fn verify(
     golden.compare_logits("decode/idx", "decode/logits", Kind::Deep, judge)?;
     let published = if file.tensor(RECURRENT_LOGITS).is_ok() { RECURRENT_LOGITS } else { "decode/logits" };
     // generation is in single precision
-    if on.precision == Precision::F32 {
+    if backend.precision == Precision::F32 {
         golden.compare_steps("decode/idx", published, Kind::Deep, judge)?;
     }
     // where the published model decodes in another form than it trains in, the model file's other form is that one
@@ -376,7 +358,7 @@ pub(super) fn trajectory(
     name: &str,
     registry: &Arc<Registry>,
     models: &Models<'_>,
-    on: &On,
+    backend: &Backend,
 ) -> Result<Trajectory, Problem> {
-    Golden::new(file, name, registry, models, on)?.trajectory()
+    Golden::new(file, name, registry, models, backend)?.trajectory()
 }

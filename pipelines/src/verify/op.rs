@@ -13,7 +13,7 @@ use super::file::{GoldenFile, Values, pad_rows};
 use super::op_table::{GOLDEN_OPS, GoldenOp};
 use super::program::{Gradients, Rows, Term, check_parameters, output};
 use super::tolerance::Kind;
-use super::{Judge, On, Problem, update};
+use super::{Backend, Judge, Problem, update};
 
 /// A case as the metadata describes it.
 #[derive(Deserialize)]
@@ -40,15 +40,15 @@ pub(super) fn verify(
     file: &GoldenFile,
     op: &str,
     registry: &Arc<Registry>,
-    on: &On,
+    backend: &Backend,
     judge: &mut Judge,
 ) -> Result<(), Problem> {
     let cases: Vec<Case> = file.json("cases")?;
     for case in &cases {
         match (op, GOLDEN_OPS.iter().find(|o| o.name == op)) {
-            (_, Some(golden)) => verify_case(file, golden, case, registry, on, judge)?,
-            (update::ADAMW, None) => update::adamw(file, case, registry, on, judge)?,
-            (update::CLIP, None) => update::clip(file, case, registry, on, judge)?,
+            (_, Some(golden)) => verify_case(file, golden, case, registry, backend, judge)?,
+            (update::ADAMW, None) => update::adamw(file, case, registry, backend, judge)?,
+            (update::CLIP, None) => update::clip(file, case, registry, backend, judge)?,
             (_, None) => {
                 let mut known: Vec<_> = GOLDEN_OPS.iter().map(|o| o.name).collect();
                 known.extend([update::ADAMW, update::CLIP]);
@@ -103,7 +103,7 @@ fn verify_case(
     golden: &GoldenOp,
     case: &Case,
     registry: &Arc<Registry>,
-    on: &On,
+    backend: &Backend,
     judge: &mut Judge,
 ) -> Result<(), Problem> {
     let offset = if case.attrs.contains_key("offset") { case.attribute("offset")? } else { 0 };
@@ -138,7 +138,7 @@ fn verify_case(
         },
         terms: vec![Term { value: golden.output.into(), shape }],
     };
-    let compiled = rows.compile(registry, on, Arc::new(Gradients))?;
+    let compiled = rows.compile(registry, backend, Arc::new(Gradients))?;
 
     // the op's own tensors are named as the file's with `op.` before them
     let own: HashMap<&str, &str> = compiled
@@ -156,7 +156,7 @@ fn verify_case(
     }
     check_parameters(&what, &compiled.plan, &shapes)?;
 
-    let mut session = Session::new(on.device.clone(), &compiled, None)?;
+    let mut session = Session::new(backend.device.clone(), &compiled, None)?;
     for planned in &session.plan().parameters {
         session.write(&planned.port, &tensors.parameter("in", &planned.parameter.name)?.1);
     }

@@ -22,7 +22,7 @@ use dataflow_graph::types::TensorType;
 use dataflow_graph::world::{ValueId, World};
 use dataflow_kernels::expression::Program;
 
-use super::{On, Problem};
+use super::{Backend, Problem};
 
 /// Lets the host read the gradient of every parameter, and changes none.
 #[derive(Debug)]
@@ -103,7 +103,7 @@ impl Rows {
     pub(super) fn compile(
         &self,
         registry: &Arc<Registry>,
-        on: &On,
+        backend: &Backend,
         optimizer: Arc<dyn Optimizer>,
     ) -> Result<Compiled, Problem> {
         let text = format!("Model(nodes: [{}], output: \"{}\")", self.text, self.output);
@@ -113,17 +113,8 @@ impl Rows {
         world.set_resource(registry.clone());
         world.set_resource(model);
         world.set_resource(Scope::new(self.scope.clone()));
-        world.set_resource(Options {
-            batch,
-            block,
-            micro_batches: 1,
-            seed: 0,
-            training: true,
-            recurrent: None,
-            packed: false,
-            target: on.device.target(),
-        });
-        world.set_resource(on.precision);
+        world.set_resource(Options { training: true, target: backend.device.target(), ..Options::new(batch, block) });
+        world.set_resource(backend.precision);
         world.set_resource(OptimizerRef(optimizer));
         expand(&mut world)?;
         self.add_loss(&mut world)?;

@@ -11,7 +11,7 @@ use super::file::GoldenFile;
 use super::op::Case;
 use super::program::{Rows, Term};
 use super::tolerance::Kind;
-use super::{Judge, On, Problem};
+use super::{Backend, Judge, Problem};
 
 /// The file of AdamW.
 pub(super) const ADAMW: &str = "adamw";
@@ -28,7 +28,7 @@ fn session(
     shapes: &[Vec<usize>],
     optimizer: AdamW,
     registry: &Arc<Registry>,
-    on: &On,
+    backend: &Backend,
 ) -> Result<Session, Problem> {
     if shapes.is_empty() {
         return Err(Problem::Content(format!("{} has no tensors", case.name)));
@@ -44,7 +44,7 @@ fn session(
         // the gradient of sum(weights * p) is the weights
         terms: named().map(|(value, shape)| Term { value, shape: shape.clone() }).collect(),
     };
-    Ok(Session::new(on.device.clone(), &rows.compile(registry, on, Arc::new(optimizer))?, None)?)
+    Ok(Session::new(backend.device.clone(), &rows.compile(registry, backend, Arc::new(optimizer))?, None)?)
 }
 
 /// A state of the session, such as `p0.m`.
@@ -67,7 +67,7 @@ pub(super) fn adamw(
     file: &GoldenFile,
     case: &Case,
     registry: &Arc<Registry>,
-    on: &On,
+    backend: &Backend,
     judge: &mut Judge,
 ) -> Result<(), Problem> {
     let name = |kind: &str, letter: char, j: usize| format!("{}/{kind}/{letter}{j}", case.name);
@@ -83,7 +83,7 @@ pub(super) fn adamw(
         decay: case.attribute("weight_decay")?,
         clip: None,
     };
-    let mut session = session(case, &shapes, optimizer, registry, on)?;
+    let mut session = session(case, &shapes, optimizer, registry, backend)?;
     let sizes: Vec<usize> = shapes.iter().map(|s| s.iter().product()).collect();
     let mut gradients = Vec::new();
     for (j, &size) in sizes.iter().enumerate() {
@@ -120,7 +120,7 @@ pub(super) fn clip(
     file: &GoldenFile,
     case: &Case,
     registry: &Arc<Registry>,
-    on: &On,
+    backend: &Backend,
     judge: &mut Judge,
 ) -> Result<(), Problem> {
     let name = |kind: &str, j: usize| format!("{}/{kind}/g{j}", case.name);
@@ -134,7 +134,7 @@ pub(super) fn clip(
         decay: 0.0,
         clip: Some(case.attribute("max_norm")?),
     };
-    let mut session = session(case, &shapes, optimizer, registry, on)?;
+    let mut session = session(case, &shapes, optimizer, registry, backend)?;
     for j in 0..tensors {
         session.write_input(&Term::weights(&format!("p{j}")), file.real(&name("in", j))?.1);
     }

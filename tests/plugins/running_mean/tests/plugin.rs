@@ -78,16 +78,7 @@ fn step(app: App, name: &str, text: &str, [batch, block]: [usize; 2]) -> Result<
         registry: app.into_registry(),
         model,
         scope,
-        options: Options {
-            batch,
-            block,
-            micro_batches: 1,
-            seed: 1,
-            training: true,
-            recurrent: None,
-            packed: false,
-            target: Target::Cpu,
-        },
+        options: Options { seed: 1, training: true, ..Options::new(batch, block) },
         objectives: vec![("loss".into(), Arc::new(CrossEntropy {}))],
         optimizer: Some(Arc::new(ReadGradients)),
         memory_budget: None,
@@ -231,14 +222,8 @@ fn an_op_of_which_nobody_knows_whether_it_looks_back_does_not_generate() {
         let model = Arc::new(ModelFile::parse(Arc::new(source)).unwrap());
         let scope = model.config(&BTreeMap::new()).unwrap();
         let options = Options {
-            batch: 1,
-            block: 1,
-            micro_batches: 1,
-            seed: 0,
-            training: false,
             recurrent: Some(Recurrence { slots: 1, capacity: 16, logits: true, weights: DType::F32 }),
-            target: Target::Cpu,
-            packed: false,
+            ..Options::new(1, 1)
         };
         compile(&Request {
             registry: App::new().add_plugin(RunningMeanPlugin).into_registry(),
