@@ -2,13 +2,14 @@
 //! `cargo bench -p dataflow-kernels --bench elementwise`. The rate is in elements per second.
 
 use dataflow_kernels::cpu::interpreter::{Compiled, Operand};
+use dataflow_kernels::cpu::team::Team;
 use dataflow_kernels::expression::{Builder, Program, Register};
 use dataflow_kernels::{Rows, RowsMut};
 use divan::Bencher;
 use divan::counter::ItemsCount;
 
 fn main() {
-    divan::main();
+    Team::new(None).expect("the system starts threads").run(divan::main);
 }
 
 const COLS: usize = 1024;

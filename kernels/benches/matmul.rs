@@ -3,11 +3,12 @@
 //! `cargo bench -p dataflow-kernels --bench matmul`. The rate is in floating-point operations (items) per second.
 
 use dataflow_kernels::cpu::matmul::{Init, Mat, matmul, matmul_bf16};
+use dataflow_kernels::cpu::team::Team;
 use dataflow_kernels::{Rows, RowsMut};
 use divan::counter::ItemsCount;
 
 fn main() {
-    divan::main();
+    Team::new(None).expect("the system starts threads").run(divan::main);
 }
 
 /// `(m, n, k)` of `[m, k] x [k, n]`.

@@ -2,12 +2,13 @@
 //! 384 channels), on all threads: `cargo bench -p dataflow-kernels --bench sequence`.
 
 use dataflow_kernels::cpu::optimizer::{AdamW, adamw};
+use dataflow_kernels::cpu::team::Team;
 use dataflow_kernels::cpu::{attention, conv1d, gla, longhorn, norm, retention, selective_scan, wkv};
 use dataflow_kernels::{Rows, RowsMut};
 use divan::Bencher;
 
 fn main() {
-    divan::main();
+    Team::new(None).expect("the system starts threads").run(divan::main);
 }
 
 const BATCH: usize = 8;

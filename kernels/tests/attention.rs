@@ -4,6 +4,7 @@
 mod golden;
 
 use dataflow_kernels::cpu::attention::{Dims, backward, decode, forward};
+use dataflow_kernels::cpu::team::Team;
 use dataflow_kernels::random::Keep;
 use dataflow_kernels::{Rows, RowsMut};
 use golden::{assert_close, cases};
@@ -231,8 +232,8 @@ fn same_bits_on_any_number_of_threads() {
         let len = dims.batch * dims.time * dims.heads * dims.head_dim;
         let x: Vec<Vec<f32>> = (0..4).map(|i| random(len, i)).collect();
         let on = |threads: usize| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| run(dims, [&x[0], &x[1], &x[2], &x[3]], Some(Keep::new(1, 2, 3, 0.1))))
+            let team = Team::new(Some(threads)).unwrap();
+            team.run(|| run(dims, [&x[0], &x[1], &x[2], &x[3]], Some(Keep::new(1, 2, 3, 0.1))))
         };
         let (one, two) = (on(1), on(2));
         assert!(one.out == two.out && one.lse == two.lse && one.dq == two.dq && one.dk == two.dk && one.dv == two.dv);

@@ -6,6 +6,7 @@ use dataflow_kernels::cpu::interpreter::{Compiled, Operand};
 use dataflow_kernels::cpu::reduce::{
     copy_rows, fill, scale, sum_all, sum_cols, sum_groups, sum_of_squares, sum_periodic, sum_rows,
 };
+use dataflow_kernels::cpu::team::Team;
 use dataflow_kernels::expression::{Argument, Binary, Builder, Instruction, Program, Register, Unary};
 use dataflow_kernels::random::{Keep, Stream};
 use dataflow_kernels::{Rows, RowsMut};
@@ -175,7 +176,7 @@ fn derivatives_of_every_operation() {
 }
 
 fn on_threads<R: Send>(n: usize, body: impl FnOnce() -> R + Send) -> R {
-    rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap().install(body)
+    Team::new(Some(n)).unwrap().run(body)
 }
 
 /// Runs over contiguous matrices of `cols` columns.

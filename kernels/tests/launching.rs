@@ -1,6 +1,7 @@
-//! What runs a launch: a thread of the device's own pool, which survives a panic.
+//! What runs a launch: the threads of its device, which survive a panic.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use dataflow_kernels::cpu::threads::{parallel_for, with_scratch};
 use dataflow_kernels::device::{Buffer, CpuDevice, CpuKernel, Device, Kernel, Launch};
@@ -33,13 +34,20 @@ fn a_panic_of_a_kernel_reaches_the_caller_and_the_device_goes_on() {
 }
 
 #[test]
-fn launches_of_several_devices_run_in_pools_of_their_own() {
+fn launches_of_several_devices_run_on_threads_of_their_own() {
     let programs: Vec<_> = (1..4)
         .map(|threads| {
             let (device, buffers) = device(threads);
             let kernel: CpuKernel = Box::new(move |_| {
-                let name = std::thread::current().name().map(str::to_string);
-                assert_eq!(name.as_deref(), Some("kernel-0"), "of a pool of {threads}");
+                let arrived = AtomicUsize::new(0);
+                parallel_for(threads, |_| {
+                    // so that each task has a thread to itself
+                    arrived.fetch_add(1, Ordering::SeqCst);
+                    while arrived.load(Ordering::SeqCst) < threads {
+                        std::thread::yield_now();
+                    }
+                });
+                assert_eq!(arrived.into_inner(), threads);
                 Ok(())
             });
             assert_eq!(device.threads(), threads);

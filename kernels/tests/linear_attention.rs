@@ -1,6 +1,7 @@
 //! RWKV x051a and gated linear attention against golden data, plain recurrences in f64, and themselves.
 mod golden;
 
+use dataflow_kernels::cpu::team::Team;
 use dataflow_kernels::cpu::{gla::*, wkv::*};
 use dataflow_kernels::{Rows, RowsMut};
 use golden::{assert_close, cases};
@@ -383,7 +384,7 @@ fn same_bits_on_any_number_of_threads() {
     let wkv = wkv_inputs(n, -1.0);
     let gla = gla_inputs(n, &|_, x| -x);
     let run = |threads: usize| {
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
+        Team::new(Some(threads)).unwrap().run(|| {
             let mut all = run_wkv(n, wkv.each_ref().map(|x| x.as_slice()));
             all.extend(run_gla(n, gla.each_ref().map(|x| x.as_slice())));
             all.concat().iter().map(|x| x.to_bits()).collect::<Vec<u32>>()

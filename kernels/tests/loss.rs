@@ -5,6 +5,7 @@ use dataflow_kernels::cpu::cross_entropy::{
     IGNORE_INDEX, TargetOutOfRange, accuracy, backward, backward_in_place, forward, forward_backward,
     forward_backward_in_place,
 };
+use dataflow_kernels::cpu::team::Team;
 use dataflow_kernels::{Rows, RowsMut};
 use golden::{assert_close, cases};
 
@@ -19,7 +20,7 @@ fn random(len: usize, seed: u32) -> Vec<f32> {
 }
 
 fn on_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(f)
+    Team::new(Some(threads)).unwrap().run(f)
 }
 
 /// Loss and gradient by all four ways, which must agree.

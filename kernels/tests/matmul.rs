@@ -3,6 +3,7 @@
 mod golden;
 
 use dataflow_kernels::cpu::matmul::{Init, Mat, matmul, matmul_bf16, matmul_on_this_thread};
+use dataflow_kernels::cpu::team::Team;
 use dataflow_kernels::{Rows, RowsMut};
 use golden::{assert_close, cases};
 
@@ -57,7 +58,7 @@ impl Operand {
 }
 
 fn on_threads<R: Send>(threads: usize, body: impl FnOnce() -> R + Send) -> R {
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(body)
+    Team::new(Some(threads)).unwrap().run(body)
 }
 
 /// One shape in every orientation, with every start, against sums of f64; and 1 against 2 threads.

@@ -4,10 +4,11 @@ mod golden;
 
 use dataflow_kernels::cpu::optimizer::{AdamW, adamw, clip_coefficient};
 use dataflow_kernels::cpu::reduce::sum_of_squares;
+use dataflow_kernels::cpu::team::Team;
 use dataflow_kernels::random::Stream;
 
 fn on_threads<R: Send>(n: usize, body: impl FnOnce() -> R + Send) -> R {
-    rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap().install(body)
+    Team::new(Some(n)).unwrap().run(body)
 }
 
 #[test]

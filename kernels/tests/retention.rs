@@ -6,6 +6,7 @@ mod golden;
 use dataflow_kernels::cpu::retention::{
     Dims, chunk_backward, chunk_forward, chunk_states_len, extend, parallel_backward, parallel_forward,
 };
+use dataflow_kernels::cpu::team::Team;
 use dataflow_kernels::{Rows, RowsMut};
 use golden::{assert_close, cases};
 
@@ -230,8 +231,8 @@ fn same_bits_on_any_number_of_threads() {
         let [q, k, v, dy] = &inputs(dims, 1.0);
         for form in [Form::Parallel, Form::Chunk] {
             let on = |threads: usize| {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                pool.install(|| run(form, dims, [q, k, v, dy]))
+                let team = Team::new(Some(threads)).unwrap();
+                team.run(|| run(form, dims, [q, k, v, dy]))
             };
             assert!(on(1) == on(2));
         }

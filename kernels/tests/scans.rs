@@ -3,6 +3,7 @@ mod golden;
 
 use dataflow_kernels::cpu::longhorn::{self, Dims};
 use dataflow_kernels::cpu::selective_scan;
+use dataflow_kernels::cpu::team::Team;
 use dataflow_kernels::{Rows, RowsMut};
 use golden::{Case, assert_close, cases};
 
@@ -444,8 +445,8 @@ fn check_plain(scan: Scan) {
 fn check_threads(scan: Scan) {
     let x = Data::random(SIZES[0], true);
     let on = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| scan.forward_backward(&x))
+        let team = Team::new(Some(threads)).unwrap();
+        team.run(|| scan.forward_backward(&x))
     };
     for ((name, one), (_, two)) in on(1).iter().zip(&on(2)) {
         assert!(one.iter().zip(two).all(|(a, b)| a.to_bits() == b.to_bits()), "{scan:?} {name}");

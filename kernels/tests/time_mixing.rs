@@ -2,6 +2,7 @@
 mod golden;
 
 use dataflow_kernels::cpu::conv1d::{self, Conv};
+use dataflow_kernels::cpu::team::Team;
 use dataflow_kernels::cpu::token_shift;
 use dataflow_kernels::{Rows, RowsMut};
 use golden::{assert_close, cases};
@@ -17,7 +18,7 @@ fn random(len: usize, seed: u32) -> Vec<f32> {
 }
 
 fn on_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(f)
+    Team::new(Some(threads)).unwrap().run(f)
 }
 
 #[test]

@@ -7,9 +7,9 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use super::driver::Driver;
 use super::pages::Pages;
 use super::simd;
+use super::team::Team;
 use crate::device::{Buffer, CpuKernel, DType, Device, DeviceError, Element, Kernel, Launch, Operand, Program, Target};
 use crate::{Rows, RowsMut};
 
@@ -24,9 +24,9 @@ fn available_memory() -> Option<usize> {
     total.checked_mul(1024)
 }
 
-/// The processor: kernels are closures, threads a pool of its own.
+/// The processor: kernels are closures, threads a team of its own.
 pub struct CpuDevice {
-    driver: Arc<Driver>,
+    team: Arc<Team>,
     /// Held during every access to any buffer of this device.
     lock: Arc<Mutex<()>>,
 }
@@ -37,13 +37,13 @@ impl CpuDevice {
     /// # Errors
     /// If the system refuses to start the threads.
     pub fn new(threads: Option<usize>) -> Result<Self, String> {
-        let driver = Driver::new(threads.unwrap_or(0)).map_err(|e| format!("cannot start the kernel threads: {e}"))?;
-        Ok(Self { driver: Arc::new(driver), lock: Arc::default() })
+        let team = Team::new(threads).map_err(|e| format!("cannot start the kernel threads: {e}"))?;
+        Ok(Self { team: Arc::new(team), lock: Arc::default() })
     }
 
     /// Number of threads.
     pub fn threads(&self) -> usize {
-        self.driver.threads()
+        self.team.threads()
     }
 }
 
@@ -88,7 +88,7 @@ impl Device for CpuDevice {
         Ok(Box::new(CpuProgram {
             launches: bound,
             _buffers: buffers,
-            driver: self.driver.clone(),
+            team: self.team.clone(),
             lock: self.lock.clone(),
         }))
     }
@@ -226,7 +226,7 @@ struct CpuProgram {
     launches: Vec<Bound>,
     /// Keeps the memory alive that the launches point into.
     _buffers: [Buffer; 4],
-    driver: Arc<Driver>,
+    team: Arc<Team>,
     lock: Arc<Mutex<()>>,
 }
 
@@ -234,14 +234,14 @@ impl Program for CpuProgram {
     fn run(&mut self, range: Range<usize>) -> Result<(), DeviceError> {
         let _guard = self.lock.lock();
         let launches = &mut self.launches[range];
-        self.driver.run(|| launches.iter_mut().try_for_each(|launch| launch.run()))
+        self.team.run(|| launches.iter_mut().try_for_each(|launch| launch.run()))
     }
 
     fn run_timed(&mut self, range: Range<usize>, seconds: &mut [f64]) -> Result<(), DeviceError> {
         let _guard = self.lock.lock();
         let launches = &mut self.launches[range.clone()];
         let seconds = &mut seconds[range];
-        self.driver.run(|| {
+        self.team.run(|| {
             launches.iter_mut().zip(seconds).try_for_each(|(launch, total)| {
                 let start = Instant::now();
                 launch.run()?;

@@ -28,7 +28,7 @@ const LINE: usize = 16;
 /// programs of four steps or more gain up to 40 % by prefetching; shorter ones lose by it.
 const BEYOND_CACHE: usize = 256 * 1024;
 /// Elements of a parallel task.
-const GRAIN: usize = 32 * 1024;
+const GRAIN: usize = 8 * 1024;
 /// Most inputs of a compiled program.
 pub const MAX_INPUTS: usize = 32;
 /// Most outputs of a compiled program.

@@ -1,9 +1,9 @@
-//! Kernels for the CPU: Rust, with SIMD chosen at run time and threads through rayon.
+//! Kernels for the CPU: Rust, with SIMD chosen at run time and a team of threads.
 
 pub mod device;
-mod driver;
 mod pages;
 pub mod simd;
+pub mod team;
 pub mod threads;
 
 pub mod attention;

@@ -6,18 +6,8 @@
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rayon::prelude::*;
-
 use super::pages::Pages;
-
-/// Runs `task(0) … task(tasks - 1)`, in any order, on the threads of the current pool.
-pub fn parallel_for(tasks: usize, task: impl Fn(usize) + Sync + Send) {
-    if tasks <= 1 || rayon::current_num_threads() == 1 {
-        (0..tasks).for_each(task);
-    } else {
-        (0..tasks).into_par_iter().with_max_len(1).for_each(task);
-    }
-}
+pub use super::team::parallel_for;
 
 /// Splits `0..len` into pieces of `grain` (the last one shorter) and runs `task` on each, in parallel.
 pub fn parallel_ranges(len: usize, grain: usize, task: impl Fn(std::ops::Range<usize>) + Sync + Send) {

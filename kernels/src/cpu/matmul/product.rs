@@ -77,6 +77,8 @@ const KC: usize = 384;
 const MC_PANELS: usize = 16;
 /// Most columns of the result in a task.
 const NC: usize = 1024;
+/// Into so many groups of rows the tasks of a product are sorted at most.
+const ROW_GROUPS: usize = 8;
 /// Elements of b that are packed at once for all tasks.
 const CHUNK: usize = 1 << 20;
 /// As [`CHUNK`], by a task for itself: they stay in its second-level cache.
@@ -382,9 +384,15 @@ impl Product<'_> {
         }
         let down = self.m.div_ceil(mc);
         let across = columns.len().div_ceil(nc);
+        // A thread of a team meets the rows of the result again that it has in its caches from what made a, and will have for
+        // what reads c: tasks go through some rows, by blocks of columns of b, before the next rows.
+        let together = down.div_ceil(ROW_GROUPS);
         for_each(self.parallel, down * across, |task| {
-            let rows = piece(task % down, mc, self.m);
-            let j = piece(task / down, nc, columns.len());
+            let group = task / (together * across);
+            let height = together.min(down - group * together);
+            let within = task - group * together * across;
+            let rows = piece(group * together + within % height, mc, self.m);
+            let j = piece(within / height, nc, columns.len());
             let b = b.skip(j.start / K::NR, 0);
             // SAFETY: the tasks' tiles differ.
             unsafe { self.block(s, b, k.clone(), rows, columns.start + j.start..columns.start + j.end) }
