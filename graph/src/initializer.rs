@@ -1,6 +1,6 @@
 //! Values of parameters before training.
 
-use dataflow_kernels::random::Stream;
+use dataflow_kernels::random::{Stream, normals};
 use serde::{Deserialize, Serialize};
 
 use crate::format::formula::{Formula, Number};
@@ -86,27 +86,28 @@ impl<'de> Deserialize<'de> for ElementFormula {
 }
 
 impl Initializer {
-    /// Fills a parameter of this shape. The values depend on the seed and the name alone, not on what other
-    /// parameters the model has.
+    /// Fills a part of a parameter of this shape, from element `start` on, a multiple of four. The values depend on the seed
+    /// and the name alone, not on what other parameters the model has and how it is divided into parts.
     ///
     /// # Errors
     /// A formula without a value at some element.
-    pub fn fill(&self, seed: u64, name: &str, shape: &[usize], out: &mut [f32]) -> Result<(), String> {
-        let mut random = Stream::new(seed, fnv(name));
+    pub fn fill(&self, seed: u64, name: &str, shape: &[usize], start: usize, out: &mut [f32]) -> Result<(), String> {
+        let random = || Stream::behind(seed, fnv(name), start);
         match self {
             Initializer::Zeros => out.fill(0.0),
             Initializer::Ones => out.fill(1.0),
             Initializer::Constant(x) => out.fill(x.0 as f32),
-            Initializer::Normal { std } => out.iter_mut().for_each(|x| *x = (random.normal() as f64 * std.0) as f32),
-            Initializer::Uniform { bound } => uniform(&mut random, bound.0, out),
+            Initializer::Normal { std } => normals(seed, fnv(name), start, std.0, out),
+            Initializer::Uniform { bound } => uniform(random(), bound.0, out),
             Initializer::XavierUniform { gain } => {
                 let (fan_out, fan_in) = match shape {
                     [out, .., input] => (*out, *input),
                     _ => return Err(format!("XavierUniform fills matrices, but this is {shape:?}")),
                 };
-                uniform(&mut random, gain.0 * (6.0 / (fan_in + fan_out) as f64).sqrt(), out);
+                uniform(random(), gain.0 * (6.0 / (fan_in + fan_out) as f64).sqrt(), out);
             }
             Initializer::InverseSoftplus { min, max } => {
+                let mut random = random();
                 for x in out {
                     let step = (random.uniform() as f64 * (max.0 / min.0).ln() + min.0.ln()).exp().max(1e-4);
                     *x = (step + (-(-step).exp_m1()).ln()) as f32;
@@ -114,7 +115,7 @@ impl Initializer {
             }
             Initializer::Formula(element) => {
                 let cols = shape.last().copied().unwrap_or(1).max(1);
-                for (at, x) in out.iter_mut().enumerate() {
+                for (at, x) in (start..).zip(out) {
                     let value = element.formula.evaluate(&|name| match name {
                         "i" => Some(Number::Int((at % cols) as i64)),
                         "row" => Some(Number::Int((at / cols) as i64)),
@@ -128,7 +129,7 @@ impl Initializer {
     }
 }
 
-fn uniform(random: &mut Stream, bound: f64, out: &mut [f32]) {
+fn uniform(mut random: Stream, bound: f64, out: &mut [f32]) {
     out.iter_mut().for_each(|x| *x = ((random.uniform() as f64 * 2.0 - 1.0) * bound) as f32);
 }
 
@@ -149,13 +150,13 @@ mod tests {
             let mean = x.iter().map(|&v| v as f64).sum::<f64>() / x.len() as f64;
             (mean, (x.iter().map(|&v| (v as f64 - mean).powi(2)).sum::<f64>() / x.len() as f64).sqrt())
         };
-        Initializer::Normal { std: Real(0.02) }.fill(1, "w", &[200, 200], &mut x).unwrap();
+        Initializer::Normal { std: Real(0.02) }.fill(1, "w", &[200, 200], 0, &mut x).unwrap();
         let (mean, std) = moments(&x);
         assert!(mean.abs() < 5e-4 && (std - 0.02).abs() < 5e-4, "{mean} {std}");
-        Initializer::XavierUniform { gain: Real(1.0) }.fill(1, "w", &[200, 200], &mut x).unwrap();
+        Initializer::XavierUniform { gain: Real(1.0) }.fill(1, "w", &[200, 200], 0, &mut x).unwrap();
         let bound = (6.0f32 / 400.0).sqrt();
         assert!(x.iter().all(|v| v.abs() <= bound) && x.iter().any(|v| v.abs() > 0.99 * bound));
-        Initializer::InverseSoftplus { min: Real(0.001), max: Real(0.1) }.fill(1, "b", &[40_000], &mut x).unwrap();
+        Initializer::InverseSoftplus { min: Real(0.001), max: Real(0.1) }.fill(1, "b", &[40_000], 0, &mut x).unwrap();
         let steps: Vec<f32> = x.iter().map(|v| v.exp().ln_1p()).collect();
         assert!(steps.iter().all(|s| (0.00099..0.1001).contains(s)));
         let median = {
@@ -167,12 +168,33 @@ mod tests {
     }
 
     #[test]
+    fn parts_are_those_of_the_whole() {
+        let all = [
+            Initializer::Constant(Real(2.0)),
+            Initializer::Normal { std: Real(0.5) },
+            Initializer::Uniform { bound: Real(3.0) },
+            Initializer::XavierUniform { gain: Real(1.0) },
+            Initializer::InverseSoftplus { min: Real(0.001), max: Real(0.1) },
+        ];
+        for init in all {
+            let (mut whole, mut parts) = (vec![0.0; 1001], vec![0.0; 1001]);
+            init.fill(5, "w", &[7, 143], 0, &mut whole).unwrap();
+            for (i, part) in parts.chunks_mut(24).enumerate() {
+                init.fill(5, "w", &[7, 143], 24 * i, part).unwrap();
+            }
+            assert_eq!(whole, parts, "{init:?}");
+        }
+    }
+
+    #[test]
     fn a_formula_sees_its_place_and_the_config() {
         let scope = Scope::new([("c".to_string(), Number::Int(4))].into());
         let init: Initializer = with_scope(&scope, || ron::from_str(r#"Formula("1 - i / c + row")"#).unwrap());
         let mut x = vec![0.0; 8];
-        init.fill(0, "w", &[2, 4], &mut x).unwrap();
+        init.fill(0, "w", &[2, 4], 0, &mut x).unwrap();
         assert_eq!(x, [1.0, 0.75, 0.5, 0.25, 2.0, 1.75, 1.5, 1.25]);
+        init.fill(0, "w", &[2, 4], 4, &mut x[..3]).unwrap();
+        assert_eq!(x[..4], [2.0, 1.75, 1.5, 0.25]);
         let error = with_scope(&scope, || ron::from_str::<Initializer>(r#"Formula("1 - d")"#)).unwrap_err();
         assert!(error.to_string().contains("unknown name `d`"), "{error}");
     }

@@ -7,10 +7,15 @@ use dataflow_kernels::device::{
     Bf16, Buffer, DType, Device, DeviceError, Element, Operand, Program, Region, as_bytes, as_bytes_mut,
 };
 
+use parking_lot::Mutex;
+
 use crate::compile::Compiled;
 use crate::diagnostic::{Diagnostic, Errors};
 use crate::plan::{Plan, PlannedLaunch, Port, lower};
 use crate::systems::update::gradient_sum;
+
+/// Elements of a parameter that are made at a time.
+const PART: usize = 1 << 16;
 
 /// A plan with its kernels and memory.
 pub struct Session {
@@ -81,17 +86,24 @@ impl Session {
     /// # Errors
     /// A formula without a value.
     pub fn initialize(&mut self, seed: u64) -> Result<(), Errors> {
-        let mut values = Vec::new();
         for planned in &self.plan.parameters {
             let (parameter, port) = (&planned.parameter, &planned.port);
-            values.clear();
-            values.resize(port.tensor.elements(), 0.0f32);
-            parameter.init.fill(seed, &parameter.name, &parameter.shape, &mut values).map_err(|message| {
+            let elements = port.tensor.elements();
+            let (device, buffer) = (&*self.device, self.buffer(port.operand.region));
+            let refused = Mutex::new(None);
+            device.on_host(elements.div_ceil(PART), &|part| {
+                let start = part * PART;
+                let mut values = vec![0.0; PART.min(elements - start)];
+                match parameter.init.fill(seed, &parameter.name, &parameter.shape, start, &mut values) {
+                    Ok(()) => write_real(device, buffer, port, start, &values),
+                    Err(message) => _ = refused.lock().get_or_insert(message),
+                }
+            });
+            if let Some(message) = refused.into_inner() {
                 let mut diagnostic = Diagnostic::new(message).row(&parameter.name);
                 diagnostic.span = planned.place.clone();
-                diagnostic
-            })?;
-            self.write_real(port, &values);
+                return Err(diagnostic.into());
+            }
         }
         Ok(())
     }
@@ -101,10 +113,8 @@ impl Session {
     /// # Panics
     /// If their number is not the tensor's, or it is a tensor of integers.
     pub fn write_real(&self, port: &Port, values: &[f32]) {
-        match port.tensor.dtype {
-            DType::Bf16 => self.write(port, &values.iter().map(|x| Bf16::from_f32(*x)).collect::<Vec<_>>()),
-            _ => self.write(port, values),
-        }
+        assert_eq!(values.len(), port.tensor.elements());
+        write_real(&*self.device, self.buffer(port.operand.region), port, 0, values);
     }
 
     /// Copies numbers to a tensor.
@@ -228,4 +238,19 @@ impl Session {
     pub fn run_timed(&mut self, range: Range<usize>, seconds: &mut [f64]) -> Result<(), DeviceError> {
         self.program.run_timed(range, seconds)
     }
+}
+
+/// Copies numbers to a tensor without gaps, from element `start` on; see [`Session::write_real`].
+fn write_real(device: &dyn Device, buffer: &Buffer, port: &Port, start: usize, values: &[f32]) {
+    let rounded: Vec<Bf16>;
+    let bytes = match port.tensor.dtype {
+        DType::F32 => as_bytes(values),
+        DType::Bf16 => {
+            rounded = values.iter().map(|x| Bf16::from_f32(*x)).collect();
+            as_bytes(&rounded)
+        }
+        DType::I32 => panic!("a tensor of integers"),
+    };
+    assert!(start + values.len() <= port.tensor.elements());
+    device.write(buffer, port.operand.offset + start * port.tensor.dtype.size(), bytes);
 }

@@ -12,6 +12,8 @@ use std::sync::Arc;
 pub use crate::cpu::device::{Arguments, CpuDevice};
 pub use crate::cuda::call::Calls;
 
+use crate::cpu::team::{Team, parallel_for};
+
 /// The kind of device that a kernel is written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Target {
@@ -294,6 +296,15 @@ pub trait Device: Send + Sync {
     /// # Panics
     /// If `from` is shorter.
     fn read(&self, from: &Buffer, offset: usize, into: &mut [u8]);
+
+    /// Runs `task(0) … task(tasks - 1)` on threads of the processor, in any order.
+    fn on_host(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        match Team::new(None) {
+            Ok(team) => team.run(|| parallel_for(tasks, task)),
+            // slower, but not worse
+            Err(_) => (0..tasks).for_each(task),
+        }
+    }
 
     /// Binds launches to memory, one buffer a [`Region`].
     ///

@@ -7,10 +7,15 @@
 //! - [`bits`], three multiplications for each number, for dropout masks ([`Keep`]), where the numbers are as
 //!   many as the activations.
 
+mod normal;
+
+pub use normal::normals;
+
 const MIX: [u32; 3] = [0xed5a_d4bb, 0xac4c_1b51, 0x3184_8bab];
 const GOLDEN: u32 = 0x9e37_79b9;
 
 /// Ten rounds of Philox-4x32: four random words for each counter.
+#[inline(always)]
 pub fn philox(key: [u32; 2], counter: [u32; 4]) -> [u32; 4] {
     let ([mut k0, mut k1], [mut a, mut b, mut c, mut d]) = (key, counter);
     for _ in 0..10 {
@@ -74,6 +79,7 @@ impl Keep {
     pub(crate) const MIX: [u32; 3] = MIX;
 }
 
+#[inline(always)]
 fn halves(x: u64) -> [u32; 2] {
     [x as u32, (x >> 32) as u32]
 }
@@ -86,13 +92,22 @@ pub struct Stream {
     block: u64,
     words: [u32; 4],
     left: usize,
-    spare: Option<f64>,
+    spare: Option<f32>,
 }
 
 impl Stream {
     /// Stream number `stream` of `seed`.
     pub fn new(seed: u64, stream: u64) -> Self {
         Self { key: halves(seed), stream, block: 0, words: [0; 4], left: 0, spare: None }
+    }
+
+    /// The stream behind its first `words` words of 32 bits, a multiple of four.
+    ///
+    /// # Panics
+    /// If it is no multiple of four.
+    pub fn behind(seed: u64, stream: u64, words: usize) -> Self {
+        assert!(words.is_multiple_of(4), "words come in blocks of four");
+        Self { block: words as u64 / 4, ..Self::new(seed, stream) }
     }
 
     /// 32 random bits.
@@ -120,13 +135,11 @@ impl Stream {
     /// Normal with mean 0 and variance 1 (Box-Muller in double precision).
     pub fn normal(&mut self) -> f32 {
         if let Some(x) = self.spare.take() {
-            return x as f32;
+            return x;
         }
-        let unit = |x: u64| (x >> 11) as f64 / (1u64 << 53) as f64;
-        let radius = (-2.0 * (1.0 - unit(self.next_u64())).ln()).sqrt();
-        let (sin, cos) = (std::f64::consts::TAU * unit(self.next_u64())).sin_cos();
-        self.spare = Some(radius * sin);
-        (radius * cos) as f32
+        let [first, second] = normal::pair(std::array::from_fn(|_| self.next_u32()));
+        self.spare = Some(second);
+        first
     }
 
     /// Uniform in `0 .. n`, without bias (Lemire 2019).

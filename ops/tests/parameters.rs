@@ -264,7 +264,7 @@ fn initial_values_have_the_distributions_of_the_published_models() {
         for planned in parameters(model, SET) {
             let parameter = planned.parameter;
             let mut values = vec![0.0f32; planned.port.tensor.elements()];
-            parameter.init.fill(7, &parameter.name, &parameter.shape, &mut values).unwrap();
+            parameter.init.fill(7, &parameter.name, &parameter.shape, 0, &mut values).unwrap();
             let at = table.iter().position(|(end, _)| parameter.name.ends_with(end));
             let at = at.unwrap_or_else(|| panic!("{model} has the unexpected parameter {}", parameter.name));
             used[at] = true;

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 
 use super::pages::Pages;
 use super::simd;
-use super::team::Team;
+use super::team::{Team, parallel_for};
 use crate::device::{Buffer, CpuKernel, DType, Device, DeviceError, Element, Kernel, Launch, Operand, Program, Target};
 use crate::{Rows, RowsMut};
 
@@ -81,6 +81,10 @@ impl Device for CpuDevice {
         let _guard = self.lock.lock();
         // SAFETY: in range, and the lock makes the access exclusive.
         unsafe { into.as_mut_ptr().copy_from_nonoverlapping(memory(from).as_ptr().add(offset), into.len()) }
+    }
+
+    fn on_host(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.team.run(|| parallel_for(tasks, task));
     }
 
     fn load(&self, launches: Vec<Launch>, buffers: [Buffer; 4]) -> Result<Box<dyn Program>, DeviceError> {

@@ -236,7 +236,7 @@ impl Drop for Led {
 
 /// Runs `task(0) … task(tasks - 1)`, in any order, on the threads of the team that this thread [leads](Team::run); in order
 /// and on this thread alone outside of a team and within a task.
-pub fn parallel_for(tasks: usize, task: impl Fn(usize) + Sync + Send) {
+pub fn parallel_for(tasks: usize, task: impl Fn(usize) + Sync) {
     let led = LED.get();
     if tasks <= 1 || tasks >= MOST_TASKS || led.is_null() {
         return (0..tasks).for_each(task);
@@ -327,7 +327,7 @@ mod tests {
             team.run(|| {
                 for tasks in (0..300).chain([10_000]) {
                     let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-                    parallel_for(tasks, |i| drop(counts[i].fetch_add(1, Ordering::Relaxed)));
+                    parallel_for(tasks, |i| _ = counts[i].fetch_add(1, Ordering::Relaxed));
                     assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1), "{tasks} on {threads}");
                 }
             });
@@ -367,7 +367,7 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..100 {
-                        team.run(|| parallel_for(7, |i| drop(total.fetch_add(i, Ordering::Relaxed))));
+                        team.run(|| parallel_for(7, |i| _ = total.fetch_add(i, Ordering::Relaxed)));
                     }
                 });
             }
