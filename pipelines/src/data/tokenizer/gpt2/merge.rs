@@ -16,6 +16,7 @@ pub(super) type Ranks = FxHashMap<Box<[u8]>, u32>;
 
 /// Appends the tokens of a word: of its bytes, the two neighbours whose union has the lowest rank are joined, the left
 /// ones first, until no union of neighbours is a token. `ranks` must hold every single byte.
+#[inline]
 pub(super) fn encode(word: &[u8], ranks: &Ranks, tokens: &mut Vec<u32>) {
     if let Some(&token) = ranks.get(word) {
         tokens.push(token);
@@ -26,10 +27,12 @@ pub(super) fn encode(word: &[u8], ranks: &Ranks, tokens: &mut Vec<u32>) {
     }
 }
 
+#[inline]
 fn rank(ranks: &Ranks, bytes: &[u8]) -> u32 {
     ranks.get(bytes).copied().unwrap_or(NONE)
 }
 
+#[inline]
 fn short(word: &[u8], ranks: &Ranks, tokens: &mut Vec<u32>) {
     // `starts[i]` is where part i starts; `pairs[i]` is the rank of parts i and i + 1.
     let mut starts = [0u8; LONG + 1];

@@ -59,6 +59,7 @@ impl Words {
     }
 
     /// The end of a word of white space: of a run before a word, all but its last character.
+    #[inline]
     fn spaces(&self, text: &str, start: usize) -> usize {
         let mut last = start;
         let mut at = start;
@@ -108,6 +109,7 @@ impl Words {
 }
 
 /// The length of what follows an apostrophe in `'s`, `'t`, `'m`, `'d`, `'ll`, `'ve`, `'re`.
+#[inline]
 fn contraction(after: &[u8]) -> Option<usize> {
     match after {
         [b's' | b't' | b'm' | b'd', ..] => Some(1),
