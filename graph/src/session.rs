@@ -86,24 +86,32 @@ impl Session {
     /// # Errors
     /// A formula without a value.
     pub fn initialize(&mut self, seed: u64) -> Result<(), Errors> {
-        for planned in &self.plan.parameters {
-            let (parameter, port) = (&planned.parameter, &planned.port);
-            let elements = port.tensor.elements();
-            let (device, buffer) = (&*self.device, self.buffer(port.operand.region));
-            let refused = Mutex::new(None);
-            device.on_host(elements.div_ceil(PART), &|part| {
-                let start = part * PART;
-                let mut values = vec![0.0; PART.min(elements - start)];
-                match parameter.init.fill(seed, &parameter.name, &parameter.shape, start, &mut values) {
-                    Ok(()) => write_real(device, buffer, port, start, &values),
-                    Err(message) => _ = refused.lock().get_or_insert(message),
+        let parameters = &self.plan.parameters;
+        let starts = |elements: usize| (0..elements).step_by(PART);
+        let parts =
+            parameters.iter().enumerate().flat_map(|(i, p)| starts(p.port.tensor.elements()).map(move |at| (i, at)));
+        let parts: Vec<(usize, usize)> = parts.collect();
+        let (device, buffer) = (&*self.device, self.buffer(Region::Parameters));
+        let refused: Mutex<Option<(usize, String)>> = Mutex::new(None);
+        device.on_host(parts.len(), &|task| {
+            let (i, start) = parts[task];
+            let (parameter, port) = (&parameters[i].parameter, &parameters[i].port);
+            let mut values = vec![0.0; PART.min(port.tensor.elements() - start)];
+            match parameter.init.fill(seed, &parameter.name, &parameter.shape, start, &mut values) {
+                Ok(()) => write_real(device, buffer, port, start, &values),
+                Err(message) => {
+                    let mut refused = refused.lock();
+                    if refused.as_ref().is_none_or(|(first, _)| task < *first) {
+                        *refused = Some((task, message));
+                    }
                 }
-            });
-            if let Some(message) = refused.into_inner() {
-                let mut diagnostic = Diagnostic::new(message).row(&parameter.name);
-                diagnostic.span = planned.place.clone();
-                return Err(diagnostic.into());
             }
+        });
+        if let Some((task, message)) = refused.into_inner() {
+            let planned = &parameters[parts[task].0];
+            let mut diagnostic = Diagnostic::new(message).row(&planned.parameter.name);
+            diagnostic.span = planned.place.clone();
+            return Err(diagnostic.into());
         }
         Ok(())
     }

@@ -155,7 +155,7 @@ impl Product<'_> {
         if m == 0 || n == 0 {
             return;
         }
-        self.parallel &= m * n * k >= 2 * TASK;
+        self.parallel &= m * n * k >= TASK / 4;
         self.pairs &= m.min(n) > DOT_MOST && k > 1;
         let (a_along_k, b_along_k) = (self.a.col == 1, self.b.row == 1);
         // SAFETY: the caller's promise.
