@@ -379,6 +379,12 @@ pub trait Op: Any + fmt::Debug + Send + Sync + 'static {
         Activations::default()
     }
 
+    /// For mixed precision on the processor: which of this many inputs the kernels take in `bf16` as well as in `f32`, and
+    /// which outputs they can round to it, each on its own. Elementwise ops need not say: they can round any output.
+    fn rounds(&self, _inputs: usize) -> Activations {
+        Activations::default()
+    }
+
     /// For a product of matrices, in whose inputs zeros may be added along the axes `n` and `k`: its axes.
     fn axes(&self, _inputs: usize) -> Option<Axes> {
         None

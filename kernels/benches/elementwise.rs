@@ -21,7 +21,7 @@ fn run(bencher: Bencher<'_, '_>, rows: usize, form: impl Fn(&mut Builder, &[Regi
     let mut y = vec![0.0f32; rows * COLS];
     bencher
         .counter(ItemsCount::new(rows * COLS))
-        .bench_local(|| compiled.run(&operands, &mut [RowsMut::contiguous(&mut y, COLS)], 0, 0));
+        .bench_local(|| compiled.run(&operands, &mut [RowsMut::contiguous(&mut y, COLS).into()], 0, 0));
 }
 
 macro_rules! programs {

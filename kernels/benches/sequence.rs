@@ -1,6 +1,7 @@
 //! Attention, retention, scans, chunked linear attention, convolution, norm and AdamW at the sizes of a training step (batch 8, T 256,
 //! 384 channels), on all threads: `cargo bench -p dataflow-kernels --bench sequence`.
 
+use dataflow_kernels::cpu::attention::Factors;
 use dataflow_kernels::cpu::optimizer::{AdamW, adamw};
 use dataflow_kernels::cpu::team::Team;
 use dataflow_kernels::cpu::{attention, conv1d, gla, longhorn, norm, retention, selective_scan, wkv};
@@ -42,18 +43,33 @@ fn rows_mut(data: &mut [f32]) -> RowsMut<'_> {
 fn attention_forward(bencher: Bencher<'_, '_>) {
     let dims = attention::Dims { batch: BATCH, time: TIME, heads: HEADS, head_dim: MODEL / HEADS };
     let (x, mut out, mut lse) = (tokens(MODEL), tokens(MODEL), vec![0.0; BATCH * HEADS * TIME]);
-    bencher.bench_local(|| attention::forward(dims, rows(&x), rows(&x), rows(&x), None, rows_mut(&mut out), &mut lse));
+    bencher.bench_local(|| {
+        attention::forward(dims, Factors::Single, rows(&x), rows(&x), rows(&x), None, rows_mut(&mut out), &mut lse)
+    });
 }
 
 #[divan::bench]
 fn attention_backward(bencher: Bencher<'_, '_>) {
     let dims = attention::Dims { batch: BATCH, time: TIME, heads: HEADS, head_dim: MODEL / HEADS };
     let (x, mut out, mut lse) = (tokens(MODEL), tokens(MODEL), vec![0.0; BATCH * HEADS * TIME]);
-    attention::forward(dims, rows(&x), rows(&x), rows(&x), None, rows_mut(&mut out), &mut lse);
+    attention::forward(dims, Factors::Single, rows(&x), rows(&x), rows(&x), None, rows_mut(&mut out), &mut lse);
     let [mut dq, mut dk, mut dv] = [MODEL; 3].map(tokens);
     bencher.bench_local(|| {
         let (dq, dk, dv) = (rows_mut(&mut dq), rows_mut(&mut dk), rows_mut(&mut dv));
-        attention::backward(dims, rows(&x), rows(&x), rows(&x), None, rows(&out), &lse, rows(&x), dq, dk, dv);
+        attention::backward(
+            dims,
+            Factors::Single,
+            rows(&x),
+            rows(&x),
+            rows(&x),
+            None,
+            rows(&out),
+            &lse,
+            rows(&x),
+            dq,
+            dk,
+            dv,
+        );
     });
 }
 
@@ -200,13 +216,13 @@ fn retention(bencher: Bencher<'_, '_>, exact: bool) {
     bencher.bench_local(|| {
         let (q, k, v) = (rows(&x), rows(&x), rows(&v));
         if exact {
-            retention::parallel_forward(dims, q, k, v, rows_mut(&mut y), &mut normalizer);
+            retention::parallel_forward(dims, Factors::Single, q, k, v, rows_mut(&mut y), &mut normalizer);
         } else {
             retention::chunk_forward(dims, q, k, v, rows_mut(&mut y), &mut states);
         }
         let (dy, dq, dk, dv) = (rows(&y), rows_mut(&mut dq), rows_mut(&mut dk), rows_mut(&mut dv));
         if exact {
-            retention::parallel_backward(dims, q, k, v, &normalizer, dy, dq, dk, dv);
+            retention::parallel_backward(dims, Factors::Single, q, k, v, &normalizer, dy, dq, dk, dv);
         } else {
             retention::chunk_backward(dims, q, k, v, &states, dy, dq, dk, dv);
         }

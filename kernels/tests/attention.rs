@@ -3,7 +3,7 @@
 
 mod golden;
 
-use dataflow_kernels::cpu::attention::{Dims, backward, decode, forward};
+use dataflow_kernels::cpu::attention::{Dims, Factors, backward, decode, forward};
 use dataflow_kernels::cpu::team::Team;
 use dataflow_kernels::random::Keep;
 use dataflow_kernels::{Rows, RowsMut};
@@ -35,7 +35,11 @@ struct Results {
 }
 
 /// Forward and backward on contiguous tensors; results start as NaN.
-fn run(dims: Dims, [q, k, v, dout]: [&[f32]; 4], dropout: Option<Keep>) -> Results {
+fn run(dims: Dims, x: [&[f32]; 4], dropout: Option<Keep>) -> Results {
+    run_in(Factors::Single, dims, x, dropout)
+}
+
+fn run_in(factors: Factors, dims: Dims, [q, k, v, dout]: [&[f32]; 4], dropout: Option<Keep>) -> Results {
     let cols = dims.heads * dims.head_dim;
     let nan = || vec![f32::NAN; dims.batch * dims.time * cols];
     let mut r = Results {
@@ -46,9 +50,9 @@ fn run(dims: Dims, [q, k, v, dout]: [&[f32]; 4], dropout: Option<Keep>) -> Resul
         dv: nan(),
     };
     let [q, k, v, dout] = [q, k, v, dout].map(|x| rows(dims, x));
-    forward(dims, q, k, v, dropout, RowsMut::contiguous(&mut r.out, cols), &mut r.lse);
+    forward(dims, factors, q, k, v, dropout, RowsMut::contiguous(&mut r.out, cols), &mut r.lse);
     let [dq, dk, dv] = [&mut r.dq, &mut r.dk, &mut r.dv].map(|x| RowsMut::contiguous(x, cols));
-    backward(dims, q, k, v, dropout, rows(dims, &r.out), &r.lse, dout, dq, dk, dv);
+    backward(dims, factors, q, k, v, dropout, rows(dims, &r.out), &r.lse, dout, dq, dk, dv);
     r
 }
 
@@ -126,6 +130,16 @@ fn awkward_sizes() {
                 assert!(got.iter().all(|x| x.abs() < 1e-5));
             }
         }
+        let rounded = run_in(Factors::Bf16, dims, x, None);
+        let results = [("out", &rounded.out), ("dq", &rounded.dq), ("dk", &rounded.dk), ("dv", &rounded.dv)];
+        for ((name, got), want) in results.iter().zip(&want) {
+            if time > 1 || *name == "out" || *name == "dv" {
+                assert_close(&format!("{dims:?} {name}, bf16"), got, want, 2e-2);
+            }
+        }
+        assert!(rounded.out != r.out, "{dims:?}: nothing was rounded");
+        let again = Team::new(Some(1)).unwrap().run(|| run_in(Factors::Bf16, dims, x, None));
+        assert!(again.dq == rounded.dq && again.dk == rounded.dk, "{dims:?}: threads differ");
     }
 }
 
@@ -152,14 +166,14 @@ fn strided_rows() {
 
     let mut out = vec![7.0; n * (c + 5)];
     let mut lse = vec![0.0; dims.batch * dims.heads * dims.time];
-    forward(dims, part(0), part(1), part(2), None, RowsMut::new(&mut out[1..], n, c, c + 5), &mut lse);
+    forward(dims, Factors::Single, part(0), part(1), part(2), None, RowsMut::new(&mut out[1..], n, c, c + 5), &mut lse);
     let mut grads = vec![7.0; n * (3 * c + 2)];
     {
         let all = RowsMut::new(&mut grads, n, 3 * c, 3 * c + 2);
         // SAFETY: three different ranges of columns.
         let [dq, dk, dv] = std::array::from_fn(|i| unsafe { all.shared_block(0..n, i * c..(i + 1) * c) });
         let out = Rows::new(&out[1..], n, c, c + 5);
-        backward(dims, part(0), part(1), part(2), None, out, &lse, dout, dq, dk, dv);
+        backward(dims, Factors::Single, part(0), part(1), part(2), None, out, &lse, dout, dq, dk, dv);
     }
     for r in 0..n {
         assert_eq!(out[1 + r * (c + 5)..][..c], want.out[r * c..][..c]);

@@ -3,10 +3,12 @@
 mod golden;
 
 use dataflow_kernels::cpu::interpreter::{Compiled, Operand};
+use dataflow_kernels::cpu::output::Output;
 use dataflow_kernels::cpu::reduce::{
     copy_rows, fill, scale, sum_all, sum_cols, sum_groups, sum_of_squares, sum_periodic, sum_rows,
 };
 use dataflow_kernels::cpu::team::Team;
+use dataflow_kernels::device::Bf16;
 use dataflow_kernels::expression::{Argument, Binary, Builder, Instruction, Program, Register, Unary};
 use dataflow_kernels::random::{Keep, Stream};
 use dataflow_kernels::{Rows, RowsMut};
@@ -183,7 +185,7 @@ fn on_threads<R: Send>(n: usize, body: impl FnOnce() -> R + Send) -> R {
 fn run(program: &Program, inputs: &[&[f32]], cols: usize) -> Vec<Vec<f32>> {
     let operands: Vec<Operand> = inputs.iter().map(|x| Operand::Full(Rows::contiguous(x, cols))).collect();
     let mut results = vec![vec![f32::NAN; inputs[0].len()]; program.outputs().len()];
-    let mut outputs: Vec<RowsMut> = results.iter_mut().map(|y| RowsMut::contiguous(y, cols)).collect();
+    let mut outputs: Vec<Output> = results.iter_mut().map(|y| RowsMut::contiguous(y, cols).into()).collect();
     Compiled::new(program).run(&operands, &mut outputs, 1, 2);
     drop(outputs);
     results
@@ -283,12 +285,26 @@ fn random_programs_over_every_broadcast() {
         let gap = cols + 5;
         let execute = || {
             let mut y = vec![vec![7.5f32; rows * gap]; 4];
-            let mut outputs: Vec<RowsMut> = y.iter_mut().map(|y| RowsMut::new(y, rows, cols, gap)).collect();
+            let mut outputs: Vec<Output> = y.iter_mut().map(|y| RowsMut::new(y, rows, cols, gap).into()).collect();
             compiled.run(&operands, &mut outputs, 3, 4);
             y
         };
         let results = execute();
         assert_eq!(results, on_threads(1, execute));
+        // some outputs rounded, the others as they are
+        let mut rounded = vec![vec![Bf16(7); rows * gap]; 2];
+        let mut whole = vec![vec![7.5f32; rows * gap]; 2];
+        let narrow = rounded.iter_mut().map(|y| Output::from(RowsMut::new(y, rows, cols, gap)));
+        let wide = whole.iter_mut().map(|y| Output::from(RowsMut::new(y, rows, cols, gap)));
+        let mut outputs: Vec<Output> = narrow.zip(wide).flat_map(|(a, b)| [a, b]).collect();
+        compiled.run(&operands, &mut outputs, 3, 4);
+        assert!(whole[0] == results[1] && whole[1] == results[3]);
+        for (rounded, whole) in rounded.iter().zip([&results[0], &results[2]]) {
+            for (i, (x, y)) in rounded.iter().zip(whole).enumerate() {
+                let inside = i % gap < cols;
+                assert!(*x == if inside { Bf16::from_f32(*y) } else { Bf16(7) }, "{program}: {i}");
+            }
+        }
         let mut off = 0;
         for r in 0..rows {
             for c in 0..cols {
@@ -346,13 +362,13 @@ fn results_may_take_the_place_of_inputs() {
         let (mut a, mut b) = (originals[first].clone(), originals[second].clone());
         let mut operands = originals.map(|v| Operand::Full(Rows::contiguous(v, cols)));
         (operands[first], operands[second]) = (Operand::InPlace(0), Operand::InPlace(1));
-        let mut outputs = [RowsMut::contiguous(&mut a, cols), RowsMut::contiguous(&mut b, cols)];
+        let mut outputs = [&mut a, &mut b].map(|y| RowsMut::contiguous(y, cols).into());
         Compiled::new(&gradient).run(&operands, &mut outputs, 0, 0);
         assert!(a == want[0] && b == want[1], "outputs on {first} and {second}");
     }
     let swap = Program::new(2, |_, r| vec![r[1], r[0]]);
     let (mut a, mut b) = (x.clone(), y.clone());
-    let mut outputs = [RowsMut::contiguous(&mut a, cols), RowsMut::contiguous(&mut b, cols)];
+    let mut outputs = [&mut a, &mut b].map(|y| RowsMut::contiguous(y, cols).into());
     Compiled::new(&swap).run(&[Operand::InPlace(0), Operand::InPlace(1)], &mut outputs, 0, 0);
     assert!(a == y && b == x);
     // constants, inputs and repeated results as outputs
@@ -375,7 +391,7 @@ fn masks_are_the_same_in_every_layout() {
     assert_eq!(run(&program, &[&ones], rows * cols)[0], want);
     assert_eq!(run(&program.gradient(&[0]), &[&noise(rows * cols, 1), &ones], cols)[0], want);
     let mut wide = vec![0.0; rows * 50];
-    let mut outputs = [RowsMut::new(&mut wide[3..], rows, cols, 50)];
+    let mut outputs = [RowsMut::new(&mut wide[3..], rows, cols, 50).into()];
     Compiled::new(&program).run(&[Operand::Scalar(&1.0)], &mut outputs, 1, 2);
     (0..rows).for_each(|r| assert_eq!(wide[3 + r * 50..][..cols], want[r * cols..][..cols]));
 }

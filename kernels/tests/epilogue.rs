@@ -2,6 +2,8 @@
 
 use dataflow_kernels::cpu::interpreter::{Compiled, Operand};
 use dataflow_kernels::cpu::matmul::{Epilogue, Init, Mat, matmul, matmul_bf16, matmul_then};
+use dataflow_kernels::cpu::output::Output;
+use dataflow_kernels::device::Bf16;
 use dataflow_kernels::expression::Program;
 use dataflow_kernels::{Rows, RowsMut};
 
@@ -74,7 +76,7 @@ fn check((m, n, k): (usize, usize, usize), transposed: (bool, bool), pairs: bool
     let mut expected = vec![vec![0.0; m * n]; count];
     let gate = Rows::new(&gate, m, n, n + 3);
     let read = [Operand::Full(gate), Operand::Full(Rows::contiguous(&product, n))];
-    let mut views: Vec<_> = expected.iter_mut().map(|o| RowsMut::contiguous(o, n)).collect();
+    let mut views: Vec<_> = expected.iter_mut().map(|o| RowsMut::contiguous(o, n).into()).collect();
     if m * n > 0 {
         compiled.run(&read, &mut views, 0, 0);
     }
@@ -87,12 +89,12 @@ fn check((m, n, k): (usize, usize, usize), transposed: (bool, bool), pairs: bool
         (0..m).for_each(|r| found[0][r * stride..r * stride + n].copy_from_slice(gate.row(r)));
     }
     let first = if result == Result::Summed { Operand::InPlace(0) } else { Operand::Full(gate) };
-    let mut outputs: Vec<_> = found.iter_mut().map(|o| RowsMut::new(o, m, n, stride)).collect();
+    let mut outputs: Vec<_> = found.iter_mut().map(|o| RowsMut::new(o, m, n, stride).into()).collect();
     let mut inputs = [first, Operand::Scalar(&0.0)];
     let epilogue =
         Epilogue { program: &compiled, inputs: &mut inputs, result: 1, outputs: &mut outputs, seed: 0, step: 0 };
     let place = (result == Result::Kept).then(|| RowsMut::new(&mut kept, m, n, stride));
-    matmul_then(place, (a, b), init, pairs, epilogue);
+    matmul_then(place, (a.into(), b.into()), init, pairs, epilogue);
     let same = |x: &[f32], y: &[f32]| {
         let rows = (0..m).all(|r| x[r * stride..r * stride + n] == y[r * n..(r + 1) * n]);
         rows && (0..m).all(|r| x[r * stride + n..(r + 1) * stride].iter().all(|x| *x == 9.0))
@@ -101,6 +103,25 @@ fn check((m, n, k): (usize, usize, usize), transposed: (bool, bool), pairs: bool
         assert!(same(found, expected), "{label}: output {o}");
     }
     assert!(result != Result::Kept || same(&kept, &product), "{label}: the product");
+
+    // outputs that do not hold the product may be rounded
+    if result != Result::Summed {
+        let holding = result == Result::Replaced;
+        let mut rounded = vec![vec![Bf16(7); m * n]; count];
+        let mut outputs: Vec<Output> = rounded.iter_mut().map(|o| RowsMut::new(o, m, n, n).into()).collect();
+        if holding {
+            outputs[0] = RowsMut::new(&mut found[0], m, n, stride).into();
+        }
+        let mut inputs = [Operand::Full(gate), Operand::Scalar(&0.0)];
+        let epilogue =
+            Epilogue { program: &compiled, inputs: &mut inputs, result: 1, outputs: &mut outputs, seed: 0, step: 0 };
+        let place = (!holding).then(|| RowsMut::new(&mut kept, m, n, stride));
+        matmul_then(place, (a.into(), b.into()), init, pairs, epilogue);
+        for o in usize::from(holding)..count {
+            let equal = rounded[o].iter().zip(&expected[o]).all(|(x, y)| *x == Bf16::from_f32(*y));
+            assert!(equal, "{label}: output {o} in bf16");
+        }
+    }
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod golden;
 
 use dataflow_kernels::cpu::matmul::{Init, Mat, matmul, matmul_bf16, matmul_on_this_thread};
 use dataflow_kernels::cpu::team::Team;
+use dataflow_kernels::device::Bf16;
 use dataflow_kernels::{Rows, RowsMut};
 use golden::{assert_close, cases};
 
@@ -30,6 +31,8 @@ impl Numbers {
 /// An operand with gaps between its rows, in either orientation.
 struct Operand {
     data: Vec<f32>,
+    /// The same numbers.
+    narrow: Vec<Bf16>,
     rows: usize,
     cols: usize,
     stride: usize,
@@ -41,10 +44,18 @@ impl Operand {
     fn new(numbers: &mut Numbers, rows: usize, cols: usize, transposed: bool, gap: usize) -> Self {
         let (stored, width) = if transposed { (cols, rows) } else { (rows, cols) };
         let (stride, offset) = (width + gap, gap / 2);
-        Self { data: numbers.floats(offset + stored * stride), rows, cols, stride, offset, transposed }
+        let data = numbers.floats(offset + stored * stride);
+        let narrow = data.iter().map(|x| Bf16::from_f32(*x)).collect();
+        Self { data, narrow, rows, cols, stride, offset, transposed }
     }
     fn mat(&self) -> Mat<'_> {
-        let data = &self.data[self.offset..];
+        self.of(&self.data)
+    }
+    fn narrow(&self) -> Mat<'_, Bf16> {
+        self.of(&self.narrow)
+    }
+    fn of<'a, T>(&self, data: &'a [T]) -> Mat<'a, T> {
+        let data = &data[self.offset..];
         if self.transposed {
             Mat::Transposed(Rows::new(data, self.cols, self.rows, self.stride))
         } else {
@@ -79,12 +90,13 @@ fn check(numbers: &mut Numbers, m: usize, n: usize, k: usize, gap: usize) {
             }
         }
         for (name, init) in [("zero", Init::Zero), ("accumulate", Init::Accumulate), ("bias", Init::Bias(&bias))] {
-            let run = |f: fn(RowsMut<'_>, Mat<'_>, Mat<'_>, Init<'_>)| {
+            let run = |f: &(dyn Fn(RowsMut<'_>) + Sync)| {
                 let mut c = before.clone();
-                f(RowsMut::new(&mut c[gap / 2..], m, n, stride), a.mat(), b.mat(), init);
+                f(RowsMut::new(&mut c[gap / 2..], m, n, stride));
                 c
             };
-            let got = on_threads(1, || run(matmul));
+            let single = |c: RowsMut<'_>| matmul(c, a.mat(), b.mat(), init);
+            let got = on_threads(1, || run(&single));
             let mut want = before.clone();
             for i in 0..m {
                 for j in 0..n {
@@ -106,11 +118,17 @@ fn check(numbers: &mut Numbers, m: usize, n: usize, k: usize, gap: usize) {
                 let inside = at >= gap / 2 && (at - gap / 2) % stride < n && (at - gap / 2) / stride < m;
                 assert!(inside || x == y, "{what}: wrote at {at} between the rows");
             }
-            assert!(got == on_threads(2, || run(matmul)), "{what}: 1 and 2 threads differ");
-            assert_close(&what, &run(matmul_on_this_thread), &want, tolerance);
-            let got = on_threads(1, || run(matmul_bf16));
+            assert!(got == on_threads(2, || run(&single)), "{what}: 1 and 2 threads differ");
+            assert_close(&what, &run(&|c| matmul_on_this_thread(c, a.mat(), b.mat(), init)), &want, tolerance);
+            let rounding = |c: RowsMut<'_>| matmul_bf16(c, a.mat(), b.mat(), init);
+            let got = on_threads(1, || run(&rounding));
             assert_close(&format!("{what}, bf16"), &got, &want, tolerance);
-            assert!(got == on_threads(2, || run(matmul_bf16)), "{what}, bf16: 1 and 2 threads differ");
+            assert!(got == on_threads(2, || run(&rounding)), "{what}, bf16: 1 and 2 threads differ");
+            // what is rounded already gives the same bits
+            assert!(got == run(&|c| matmul_bf16(c, a.narrow(), b.mat(), init)), "{what}, a in bf16");
+            assert!(got == run(&|c| matmul_bf16(c, a.mat(), b.narrow(), init)), "{what}, b in bf16");
+            assert!(got == run(&|c| matmul_bf16(c, a.narrow(), b.narrow(), init)), "{what}, both in bf16");
+            assert_close(&what, &run(&|c| matmul(c, a.narrow(), b.narrow(), init)), &want, tolerance);
         }
     }
 }

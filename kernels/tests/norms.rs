@@ -3,6 +3,7 @@ mod golden;
 
 use dataflow_kernels::cpu::norm::{Kind, Norm, Residual, backward, forward};
 use dataflow_kernels::cpu::team::Team;
+use dataflow_kernels::device::Bf16;
 use dataflow_kernels::{Rows, RowsMut};
 use golden::{assert_close, cases};
 
@@ -53,6 +54,13 @@ impl Inputs {
             .map(|r| Residual { residual: Rows::contiguous(r, cols), h: RowsMut::contiguous(&mut h, cols) });
         let x = Rows::contiguous(&self.x, cols);
         forward(norm, x, residual, weight, bias, RowsMut::contiguous(&mut y, cols), Some(&mut stats));
+        let mut rounded = vec![Bf16::default(); len];
+        let residual = self.residual.as_ref().map(|r| {
+            let residual = Rows::contiguous(r, cols);
+            Residual { residual, h: RowsMut::contiguous(&mut h, cols) }
+        });
+        forward(norm, x, residual, weight, bias, RowsMut::contiguous(&mut rounded, cols), None);
+        assert!(rounded.iter().zip(&y).all(|(a, b)| *a == Bf16::from_f32(*b)), "{norm:?}, {cols} columns in bf16");
         let input = if self.residual.is_some() { &h } else { &self.x };
         backward(
             norm,

@@ -3,6 +3,7 @@
 
 mod golden;
 
+use dataflow_kernels::cpu::attention::Factors;
 use dataflow_kernels::cpu::retention::{
     Dims, chunk_backward, chunk_forward, chunk_states_len, extend, parallel_backward, parallel_forward,
 };
@@ -34,7 +35,11 @@ enum Form {
     Chunk,
 }
 
-fn run(form: Form, dims: Dims, [q, k, v, dy]: Inputs<'_>) -> Results {
+fn run(form: Form, dims: Dims, x: Inputs<'_>) -> Results {
+    run_in(Factors::Single, form, dims, x)
+}
+
+fn run_in(factors: Factors, form: Form, dims: Dims, [q, k, v, dy]: Inputs<'_>) -> Results {
     let (qk, vs) = (dims.heads * dims.key_dim, dims.heads * dims.value_dim);
     let mut results = [v, q, k, v].map(|x| vec![f32::NAN; x.len()]);
     let [q, k, v, dy] = [(q, qk), (k, qk), (v, vs), (dy, vs)].map(|(x, cols)| Rows::contiguous(x, cols));
@@ -42,8 +47,8 @@ fn run(form: Form, dims: Dims, [q, k, v, dy]: Inputs<'_>) -> Results {
     let [y, dq, dk, dv] = [(y, vs), (dq, qk), (dk, qk), (dv, vs)].map(|(x, cols)| RowsMut::contiguous(x, cols));
     if form == Form::Parallel {
         let mut normalizer = vec![f32::NAN; dims.batch * dims.heads * dims.time];
-        parallel_forward(dims, q, k, v, y, &mut normalizer);
-        parallel_backward(dims, q, k, v, &normalizer, dy, dq, dk, dv);
+        parallel_forward(dims, factors, q, k, v, y, &mut normalizer);
+        parallel_backward(dims, factors, q, k, v, &normalizer, dy, dq, dk, dv);
     } else {
         let mut states = vec![f32::NAN; chunk_states_len(dims)];
         chunk_forward(dims, q, k, v, y, &mut states);
@@ -132,6 +137,13 @@ fn awkward_sizes() {
                     assert_close(&format!("{form:?} {dims:?} {scale} {name}"), got, want, 3e-6);
                 }
             }
+            let want = naive(Form::Parallel, dims, [q, k, v, dy]);
+            let got = run_in(Factors::Bf16, Form::Parallel, dims, [q, k, v, dy]);
+            for ((name, got), want) in ["y", "dq", "dk", "dv"].into_iter().zip(&got).zip(&want) {
+                assert_close(&format!("bf16 {dims:?} {scale} {name}"), got, want, 2e-2);
+            }
+            let on_one = Team::new(Some(1)).unwrap();
+            assert!(got == on_one.run(|| run_in(Factors::Bf16, Form::Parallel, dims, [q, k, v, dy])));
         }
     }
 }
@@ -208,8 +220,8 @@ fn strided_rows() {
         let [dq, dk, dv, y] = columns.clone().map(|c| unsafe { all.shared_block(0..n, c) });
         if form == Form::Parallel {
             let mut normalizer = vec![0.0; dims.batch * dims.heads * dims.time];
-            parallel_forward(dims, q, k, v, y, &mut normalizer);
-            parallel_backward(dims, q, k, v, &normalizer, dy, dq, dk, dv);
+            parallel_forward(dims, Factors::Single, q, k, v, y, &mut normalizer);
+            parallel_backward(dims, Factors::Single, q, k, v, &normalizer, dy, dq, dk, dv);
         } else {
             let mut states = vec![0.0; chunk_states_len(dims)];
             chunk_forward(dims, q, k, v, y, &mut states);

@@ -3,13 +3,13 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use dataflow_graph::components::Recurrence;
+use dataflow_graph::components::{Precision, Recurrence};
 use dataflow_graph::format::number::{Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::op::{Activations, Cost, NodeView, Op, OpError, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
-use dataflow_kernels::cpu::attention::{self, Dims};
+use dataflow_kernels::cpu::attention::{self, Dims, Factors};
 use dataflow_kernels::cuda::attention as cuda;
 use dataflow_kernels::device::{Arguments, Kernel, Target};
 use dataflow_kernels::random::Keep;
@@ -71,6 +71,7 @@ impl Op for CausalAttention {
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (dims, p, seed, site) = (self.dims(&node.inputs[0])?, self.dropout.0 as f32, node.seed, self.site);
+        let factors = Factors::rounded(node.precision == Precision::Bf16);
         match target {
             Target::Cuda => Ok(Kernel::cuda(move |c| {
                 let dropout = (p > 0.0).then(|| cuda::Dropout { seed, site, p, step: c.input(3) });
@@ -79,7 +80,7 @@ impl Op for CausalAttention {
             })),
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let mask = Self::mask(p, seed, site, a, 3);
-                attention::forward(dims, a.rows(0), a.rows(1), a.rows(2), mask, a.rows_mut(0), a.slice_mut(1));
+                attention::forward(dims, factors, a.rows(0), a.rows(1), a.rows(2), mask, a.rows_mut(0), a.slice_mut(1));
                 Ok(())
             })),
         }
@@ -125,13 +126,16 @@ impl Op for CausalAttention {
         Ok(Some(form.on_cpu(
             move |one, [q, k, v], [y, mut lse]| {
                 let dims = Dims { batch: 1, time: one.len, ..dims };
-                attention::forward(dims, q, k, v, mask(&one), y, flat_mut(&mut lse));
+                attention::forward(dims, Factors::Single, q, k, v, mask(&one), y, flat_mut(&mut lse));
             },
             move |one, [q, k, v], [y, lse], [dy, _], [dq, dk, dv]| {
                 let dims = Dims { batch: 1, time: one.len, ..dims };
-                attention::backward(dims, q, k, v, mask(&one), y, flat(&lse), dy, dq, dk, dv);
+                attention::backward(dims, Factors::Single, q, k, v, mask(&one), y, flat(&lse), dy, dq, dk, dv);
             },
         )))
+    }
+    fn products(&self) -> bool {
+        true
     }
     fn activations(&self, _: usize) -> Activations {
         Activations::new(0..3, [0])
@@ -169,6 +173,7 @@ impl Op for CausalAttentionGradient {
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let op = &self.0;
         let (dims, p, seed, site) = (op.dims(&node.inputs[0])?, op.dropout.0 as f32, node.seed, op.site);
+        let factors = Factors::rounded(node.precision == Precision::Bf16);
         match target {
             Target::Cuda => Ok(Kernel::cuda(move |c| {
                 let dropout = (p > 0.0).then(|| cuda::Dropout { seed, site, p, step: c.input(6) });
@@ -180,10 +185,13 @@ impl Op for CausalAttentionGradient {
                 let mask = CausalAttention::mask(p, seed, site, a, 6);
                 let (dq, dk, dv) = (a.rows_mut(0), a.rows_mut(1), a.rows_mut(2));
                 let (q, k, v, y, dy) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3), a.rows(5));
-                attention::backward(dims, q, k, v, mask, y, a.slice(4), dy, dq, dk, dv);
+                attention::backward(dims, factors, q, k, v, mask, y, a.slice(4), dy, dq, dk, dv);
                 Ok(())
             })),
         }
+    }
+    fn products(&self) -> bool {
+        true
     }
     fn activations(&self, _: usize) -> Activations {
         Activations::new([0, 1, 2, 3, 5], 0..3)

@@ -105,6 +105,9 @@ impl Op for Linear {
     fn activations(&self, inputs: usize) -> Activations {
         Activations::new(0..inputs, [0])
     }
+    fn rounds(&self, _: usize) -> Activations {
+        self.factors().rounds()
+    }
     fn strided(&self) -> bool {
         true
     }
@@ -171,6 +174,9 @@ impl Op for LinearInput {
     fn activations(&self, inputs: usize) -> Activations {
         Activations::new(0..inputs, [0])
     }
+    fn rounds(&self, _: usize) -> Activations {
+        self.factors().rounds()
+    }
     fn strided(&self) -> bool {
         true
     }
@@ -204,6 +210,9 @@ impl Op for LinearWeight {
     }
     fn activations(&self, _: usize) -> Activations {
         Activations::new([0, 1], [])
+    }
+    fn rounds(&self, _: usize) -> Activations {
+        Factors::Weight.rounds()
     }
     fn strided(&self) -> bool {
         true

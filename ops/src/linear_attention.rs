@@ -4,13 +4,14 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use dataflow_graph::components::Recurrence;
+use dataflow_graph::components::{Precision, Recurrence};
 use dataflow_graph::format::number::{Flag, Real, Size};
 use dataflow_graph::gradient::Gradient;
 use dataflow_graph::op::{Activations, Cost, NodeView, Op, OpError, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
 use dataflow_kernels::RowsMut;
+use dataflow_kernels::cpu::attention::Factors;
 use dataflow_kernels::cpu::threads::with_scratch;
 use dataflow_kernels::cpu::{gla, retention, wkv};
 use dataflow_kernels::cuda;
@@ -321,6 +322,7 @@ impl Op for Retention {
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (dims, form) = (self.dims(&node.inputs[0], &node.inputs[2])?, self.form);
+        let factors = Factors::rounded(node.precision == Precision::Bf16);
         match target {
             Target::Cuda => Ok(Kernel::cuda(move |c| {
                 let (q, k, v, y, kept) = (c.input(0), c.input(1), c.input(2), c.output(0), c.output(1));
@@ -332,7 +334,7 @@ impl Op for Retention {
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (q, k, v, y, kept) = (a.rows(0), a.rows(1), a.rows(2), a.rows_mut(0), a.slice_mut(1));
                 match form {
-                    Form::Exact => retention::parallel_forward(dims, q, k, v, y, kept),
+                    Form::Exact => retention::parallel_forward(dims, factors, q, k, v, y, kept),
                     Form::Chunk => retention::chunk_forward(dims, q, k, v, y, kept),
                 }
                 Ok(())
@@ -364,10 +366,10 @@ impl Op for Retention {
         Ok(Some(match self.form {
             Form::Exact => form.on_cpu(
                 move |one, [q, k, v], [y, mut kept]| {
-                    retention::parallel_forward(of(one.len), q, k, v, y, flat_mut(&mut kept));
+                    retention::parallel_forward(of(one.len), Factors::Single, q, k, v, y, flat_mut(&mut kept));
                 },
                 move |one, [q, k, v], [_, kept], [dy, _], [dq, dk, dv]| {
-                    retention::parallel_backward(of(one.len), q, k, v, flat(&kept), dy, dq, dk, dv);
+                    retention::parallel_backward(of(one.len), Factors::Single, q, k, v, flat(&kept), dy, dq, dk, dv);
                 },
             ),
             Form::Chunk => form.on_cpu(
@@ -386,6 +388,9 @@ impl Op for Retention {
                 },
             ),
         }))
+    }
+    fn products(&self) -> bool {
+        self.form == Form::Exact
     }
     fn activations(&self, _: usize) -> Activations {
         Activations::new(0..3, [0])
@@ -411,6 +416,7 @@ impl Op for RetentionGradient {
     }
     fn lower(&self, node: &NodeView<'_>, target: Target) -> Result<Kernel, OpError> {
         let (dims, form) = (self.0.dims(&node.inputs[0], &node.inputs[2])?, self.0.form);
+        let factors = Factors::rounded(node.precision == Precision::Bf16);
         match target {
             Target::Cuda => Ok(Kernel::cuda(move |c| {
                 let (q, k, v, kept, dy) = (c.input(0), c.input(1), c.input(2), c.input(3), c.input(4));
@@ -427,12 +433,15 @@ impl Op for RetentionGradient {
                 let (q, k, v, kept, dy) = (a.rows(0), a.rows(1), a.rows(2), a.slice(3), a.rows(4));
                 let (dq, dk, dv) = (a.rows_mut(0), a.rows_mut(1), a.rows_mut(2));
                 match form {
-                    Form::Exact => retention::parallel_backward(dims, q, k, v, kept, dy, dq, dk, dv),
+                    Form::Exact => retention::parallel_backward(dims, factors, q, k, v, kept, dy, dq, dk, dv),
                     Form::Chunk => retention::chunk_backward(dims, q, k, v, kept, dy, dq, dk, dv),
                 }
                 Ok(())
             })),
         }
+    }
+    fn products(&self) -> bool {
+        self.0.form == Form::Exact
     }
     fn activations(&self, _: usize) -> Activations {
         Activations::new([0, 1, 2, 4], 0..3)

@@ -145,7 +145,7 @@ impl Form {
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let w = weight.then(|| a.slice::<f32>(1));
                 let b = bias.then(|| a.slice::<f32>(1 + usize::from(weight)));
-                norm::forward(norm, a.rows(0), None, w, b, a.rows_mut(0), Some(a.slice_mut(1)));
+                norm::forward(norm, a.rows(0), None, w, b, a.output(0), Some(a.slice_mut(1)));
                 Ok(())
             })),
         }
@@ -180,6 +180,9 @@ macro_rules! norm_op {
             }
             fn activations(&self, _: usize) -> Activations {
                 Activations::new([0], [0])
+            }
+            fn rounds(&self, _: usize) -> Activations {
+                Activations::new([], [0])
             }
             fn tokenwise(&self) -> bool {
                 true
@@ -260,13 +263,16 @@ impl Op for SumNorm {
                 let w = weight.then(|| a.slice::<f32>(2));
                 let b = bias.then(|| a.slice::<f32>(2 + usize::from(weight)));
                 let residual = Residual { residual: a.rows(1), h: a.rows_mut(1) };
-                norm::forward(norm, a.rows(0), Some(residual), w, b, a.rows_mut(0), Some(a.slice_mut(2)));
+                norm::forward(norm, a.rows(0), Some(residual), w, b, a.output(0), Some(a.slice_mut(2)));
                 Ok(())
             })),
         }
     }
     fn activations(&self, _: usize) -> Activations {
         Activations::new([0, 1], [0, 1])
+    }
+    fn rounds(&self, _: usize) -> Activations {
+        Activations::new([], [0])
     }
     fn strided(&self) -> bool {
         true
@@ -292,6 +298,9 @@ impl Op for PlainNorm {
     }
     fn activations(&self, _: usize) -> Activations {
         Activations::new([0], [0])
+    }
+    fn rounds(&self, _: usize) -> Activations {
+        Activations::new([], [0])
     }
     fn strided(&self) -> bool {
         true

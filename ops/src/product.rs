@@ -7,16 +7,16 @@ use std::sync::Arc;
 use dataflow_graph::builtin::Elementwise;
 use dataflow_graph::components::Precision;
 use dataflow_graph::elementwise::Bound;
-use dataflow_graph::op::{Cost, Epilogue, NodeView, Op, OpError, Recompute, Slot};
+use dataflow_graph::op::{Activations, Cost, Epilogue, NodeView, Op, OpError, Recompute, Slot};
 use dataflow_graph::types::{DType, TensorType};
 use dataflow_kernels::RowsMut;
 use dataflow_kernels::cpu::interpreter::Operand;
-use dataflow_kernels::cpu::matmul::{self, Init, Mat, matmul, matmul_bf16, matmul_then};
+use dataflow_kernels::cpu::matmul::{self, Factor, Init, Mat, matmul, matmul_bf16, matmul_then};
 use dataflow_kernels::cpu::matvec::{self, Weights};
 use dataflow_kernels::cpu::reduce::copy_rows;
 use dataflow_kernels::cuda::call::{self as cuda, Product, Start};
 use dataflow_kernels::cuda::layout;
-use dataflow_kernels::device::{Arguments, Kernel, KernelError, Target};
+use dataflow_kernels::device::{Arguments, Bf16, Element, Kernel, KernelError, Target};
 use dataflow_kernels::expression::Instruction;
 
 /// Which product, with the inputs of its node.
@@ -113,7 +113,7 @@ impl Factors {
                 if thin {
                     self.few(a, narrow, y);
                 } else {
-                    let (init, (m, n)) = (self.init(a, 0, &mut y), self.mats(a));
+                    let (init, (m, n)) = (self.init(a, 0, &mut y), self.factors(a));
                     if pairs { matmul_bf16(y, m, n, init) } else { matmul(y, m, n, init) }
                 }
                 Ok(())
@@ -138,30 +138,41 @@ impl Factors {
         let mut kept = then.kept.then(|| a.rows_mut::<f32>(n_outputs));
         let step = bound.step(a, a.inputs() - 1);
         let (inputs, outputs) = (&mut inputs[..n_inputs], &mut outputs[..n_outputs]);
+        let mut holding = match &mut kept {
+            Some(kept) => kept.reborrow(),
+            None => outputs[0].single().expect("the output that holds the product is f32"),
+        };
         if let Some(narrow) = few {
-            self.few(a, narrow, kept.as_mut().unwrap_or(&mut outputs[0]).reborrow());
+            self.few(a, narrow, holding);
             inputs[then.result] = kept.as_ref().map_or(Operand::InPlace(0), |y| Operand::Full(y.as_rows()));
             bound.compiled.run(inputs, outputs, bound.seed, step);
             return Ok(());
         }
         let holder = if then.kept { n_outputs } else { 0 };
-        let init = self.init(a, holder, kept.as_mut().unwrap_or(&mut outputs[0]));
+        let init = self.init(a, holder, &mut holding);
         let epilogue =
             matmul::Epilogue { program: &bound.compiled, inputs, result: then.result, outputs, seed: bound.seed, step };
-        matmul_then(kept, self.mats(a), init, pairs, epilogue);
+        matmul_then(kept, self.factors(a), init, pairs, epilogue);
         Ok(())
     }
 }
 
 impl Factors {
     /// The factors on the processor.
-    fn mats<'a>(self, a: &Arguments<'a>) -> (Mat<'a>, Mat<'a>) {
-        let (first, second) = (a.rows(0), a.rows(1));
-        match self {
-            Self::Forward { .. } => (Mat::Normal(first), Mat::Transposed(second)),
-            Self::Input { .. } => (Mat::Normal(first), Mat::Normal(second)),
-            Self::Weight => (Mat::Transposed(first), Mat::Normal(second)),
+    fn factors<'a>(self, a: &Arguments<'a>) -> (Factor<'a>, Factor<'a>) {
+        fn mat<'a, T: Element>(a: &Arguments<'a>, i: usize, transposed: bool) -> Mat<'a, T> {
+            if transposed { Mat::Transposed(a.rows(i)) } else { Mat::Normal(a.rows(i)) }
         }
+        let factor = |i, transposed| match a.input_dtype(i) {
+            DType::Bf16 => mat::<Bf16>(a, i, transposed).into(),
+            _ => mat::<f32>(a, i, transposed).into(),
+        };
+        (factor(0, self == Self::Weight), factor(1, matches!(self, Self::Forward { .. })))
+    }
+
+    /// The inputs that may be in `bf16`.
+    pub(crate) fn rounds(self) -> Activations {
+        Activations::new(if self == Self::Weight { 0..2 } else { 0..1 }, [])
     }
 
     /// What the product is added to; a base that does not lie in `y`, which is output `holder`, is copied there.
@@ -189,8 +200,8 @@ impl Factors {
 /// The product of two matrices with factors of this precision.
 pub(crate) fn product_in(precision: Precision) -> fn(RowsMut<'_>, Mat<'_>, Mat<'_>, Init<'_>) {
     match precision {
-        Precision::F32 => matmul,
-        Precision::Bf16 => matmul_bf16,
+        Precision::F32 => |c, a, b, init| matmul(c, a, b, init),
+        Precision::Bf16 => |c, a, b, init| matmul_bf16(c, a, b, init),
     }
 }
 
@@ -233,6 +244,12 @@ impl Op for ProductThen {
     }
     fn products(&self) -> bool {
         true
+    }
+    /// All outputs but the one that holds the product's result meanwhile.
+    fn rounds(&self, _: usize) -> Activations {
+        let holder = usize::from(!self.epilogue.kept);
+        let outputs = if self.epilogue.updates { 0..0 } else { holder..self.outputs() };
+        Activations { outputs: outputs.collect(), ..self.factors.rounds() }
     }
     fn epilogue(&self) -> Option<&Epilogue> {
         Some(&self.epilogue)

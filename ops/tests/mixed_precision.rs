@@ -4,6 +4,7 @@ mod common;
 
 use common::{MODELS, learn, learn_on, model, training, training_in};
 use dataflow_graph::components::Precision;
+use dataflow_kernels::device::DType;
 
 const SIZE: &[(&str, i64)] = &[("vocab", 40), ("d_model", 64), ("n_layer", 1), ("n_head", 2), ("block", 32)];
 const UPDATES: usize = 6;
@@ -20,6 +21,9 @@ fn every_model_learns_as_in_single_precision() {
             assert!((a - b).abs() < 0.05, "{name}: {single:?} in f32, {mixed:?} in bf16");
         }
         assert!(single != mixed, "{name}: nothing was rounded");
+        // what only products read is stored as they take it
+        let narrow = bf16.plan.launches.iter().flat_map(|l| &l.outputs).filter(|o| o.dtype == DType::Bf16).count();
+        assert!(narrow >= 2, "{name}: {narrow} results in bf16");
         assert!(mixed == learn_on(1, &bf16, 40, UPDATES), "{name}: 1 and 2 threads differ");
     }
 }

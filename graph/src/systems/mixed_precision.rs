@@ -2,10 +2,11 @@
 //! and their gradients are stored in it.
 //!
 //! Reads the topology, `OpRef`, `Phase`, `TensorType`, `Alias`; the resources `Precision`, `Options` and `Outputs`. Writes
-//! `Precision` of nodes; for a CUDA device `TensorType` of values, and nodes that convert; there
+//! `Precision` of nodes and `TensorType` of values; for a CUDA device nodes that convert, and there
 //! [`align_products`](super::align_products) follows.
 //!
-//! On the processor the choice is one of nodes: values keep their types, and a kernel rounds what enters a product. On a CUDA
+//! On the processor the choice is one of nodes: a kernel rounds what enters a product. Values keep their types, but for those
+//! that nothing but products read (`round_factors`). On a CUDA
 //! device the bytes of activations count as much as the products, so every op whose kernels take activations in `bf16`
 //! ([`Op::activations`](crate::op::Op::activations)) gets them so. Parameters, their gradients, statistics, states and what
 //! the host reads stay `f32`; a parameter that enters a product is rounded once a step. (Micikevicius et al. 2018,
@@ -23,6 +24,7 @@ use crate::types::{DType, TensorType};
 use crate::world::{NodeId, ValueId, World};
 
 use super::align_products::align_products;
+use super::round_factors::round_factors;
 use super::simplify::{Alias, is_output};
 
 /// See the [module](self).
@@ -39,10 +41,16 @@ pub fn mixed_precision(world: &mut World) -> Result<(), Errors> {
             world.set(node, wanted);
         }
     }
-    let trained_on_cuda = |o: &Options| o.target == Target::Cuda && o.recurrent.is_none();
-    if !world.resource::<Options>().is_some_and(trained_on_cuda) {
-        return Ok(());
+    match world.resource::<Options>() {
+        Some(Options { target: Target::Cpu, recurrent: None, .. }) => round_factors(world),
+        Some(Options { target: Target::Cuda, recurrent: None, .. }) => narrow_activations(world)?,
+        _ => {}
     }
+    Ok(())
+}
+
+/// On a CUDA device: every op reads and writes `bf16` where its kernels do.
+fn narrow_activations(world: &mut World) -> Result<(), Errors> {
     let order = world.topological().map_err(|_| Errors::from(Diagnostic::new("nodes wait for each other")))?;
     let mut conversions = Conversions::default();
     for node in order.into_iter().filter(|n| *world.expect::<Phase>(*n) == Phase::Step).collect::<Vec<_>>() {

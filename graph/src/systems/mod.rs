@@ -15,6 +15,7 @@ pub mod merge;
 pub mod mixed_precision;
 pub mod order;
 pub mod rematerialize;
+mod round_factors;
 pub mod simplify;
 pub mod update;
 

@@ -10,7 +10,10 @@ use parking_lot::Mutex;
 use super::pages::Pages;
 use super::simd;
 use super::team::{Team, parallel_for};
-use crate::device::{Buffer, CpuKernel, DType, Device, DeviceError, Element, Kernel, Launch, Operand, Program, Target};
+use crate::cpu::output::Output;
+use crate::device::{
+    Bf16, Buffer, CpuKernel, DType, Device, DeviceError, Element, Kernel, Launch, Operand, Program, Target,
+};
 use crate::{Rows, RowsMut};
 
 /// Bytes that can be used before the machine runs out of memory, where the system tells.
@@ -206,6 +209,17 @@ impl<'a> Arguments<'a> {
         // SAFETY: bound in range; handed out once; `load` proved that nothing else of this launch overlaps
         // it but an input that `rows` refuses to hand out.
         unsafe { RowsMut::from_raw(tensor.ptr.cast(), p.rows, p.cols, p.stride) }
+    }
+
+    /// Output `o` in the type that it has.
+    ///
+    /// # Panics
+    /// As [`rows_mut`](Self::rows_mut), or if it is neither of the two.
+    pub fn output(&self, o: usize) -> Output<'a> {
+        match self.launch.outputs[o].operand.dtype {
+            DType::Bf16 => self.rows_mut::<Bf16>(o).into(),
+            _ => self.rows_mut::<f32>(o).into(),
+        }
     }
 
     /// Output `o`, which must lie without gaps, as a slice.

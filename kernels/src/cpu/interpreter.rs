@@ -14,11 +14,13 @@
 use std::ops::Range;
 
 use super::math;
+use super::output::{Output, round_slice};
 use super::simd::{Simd, SimdKernel, dispatch};
 use super::threads::{parallel_for, with_scratch};
+use crate::Rows;
+use crate::device::Bf16;
 use crate::expression::{Binary, Instruction, Program, Unary};
 use crate::random::Keep;
-use crate::{Rows, RowsMut};
 
 /// Elements of a tile: four kilobytes, so that half a dozen fit in the L1 cache.
 const TILE: usize = 1024;
@@ -57,6 +59,33 @@ pub enum Operand<'a> {
     },
     /// What lies in the memory of this output before it is overwritten.
     InPlace(usize),
+}
+
+/// An output in memory.
+#[derive(Clone, Copy)]
+struct Place {
+    ptr: *mut u8,
+    stride: usize,
+    narrow: bool,
+}
+
+impl Place {
+    fn new(output: &mut Output<'_>) -> Self {
+        match output {
+            Output::Single(y) => Self { ptr: y.as_mut_ptr().cast(), stride: y.stride(), narrow: false },
+            Output::Bf16(y) => Self { ptr: y.as_mut_ptr().cast(), stride: y.stride(), narrow: true },
+        }
+    }
+
+    /// The address of the element this far from the first.
+    fn at(&self, offset: usize) -> *mut u8 {
+        self.ptr.wrapping_add(offset * if self.narrow { size_of::<Bf16>() } else { size_of::<f32>() })
+    }
+
+    /// Elements of a cache line.
+    fn line(&self) -> usize {
+        if self.narrow { 2 * LINE } else { LINE }
+    }
 }
 
 /// Where an instruction reads.
@@ -206,7 +235,7 @@ impl Compiled {
     ///
     /// # Panics
     /// If the number of operands or the sizes do not fit.
-    pub fn run(&self, inputs: &[Operand<'_>], outputs: &mut [RowsMut<'_>], seed: u64, step: u64) {
+    pub fn run(&self, inputs: &[Operand<'_>], outputs: &mut [Output<'_>], seed: u64, step: u64) {
         let Some(mut run) = self.bind(inputs, outputs, seed, step) else { return };
         run.flatten();
         run.prefetch = self.steps.len() >= 4 && run.rows * run.cols >= BEYOND_CACHE;
@@ -237,14 +266,13 @@ impl Compiled {
     pub(super) fn bind<'a>(
         &'a self,
         inputs: &[Operand<'a>],
-        outputs: &mut [RowsMut<'_>],
+        outputs: &mut [Output<'_>],
         seed: u64,
         step: u64,
     ) -> Option<Run<'a>> {
         assert_eq!(inputs.len(), self.inputs, "operands for the inputs");
         assert_eq!(outputs.len(), self.written.len(), "operands for the outputs");
-        let first = outputs.first()?;
-        let (rows, cols) = (first.rows(), first.cols());
+        let (rows, cols) = outputs.first().map(|o| (o.rows(), o.cols()))?;
         if rows == 0 || cols == 0 {
             return None;
         }
@@ -253,14 +281,16 @@ impl Compiled {
             rows,
             cols,
             inputs: [Layout { ptr: std::ptr::null(), stride: 0, div: 1, modulo: 1, splat: true }; MAX_INPUTS],
-            outputs: [(std::ptr::null_mut(), 0); MAX_OUTPUTS],
+            outputs: [Place { ptr: std::ptr::null_mut(), stride: 0, narrow: false }; MAX_OUTPUTS],
             deferred: [false; MAX_OUTPUTS],
             masks: [Keep { key: [0; 2], threshold: 0, scale: 1.0 }; MAX_MASKS],
             prefetch: false,
         };
-        for (slot, output) in run.outputs.iter_mut().zip(outputs.iter_mut()) {
+        for (o, output) in outputs.iter_mut().enumerate() {
             assert_eq!((output.rows(), output.cols()), (rows, cols), "outputs of different sizes");
-            *slot = (output.as_mut_ptr(), output.stride());
+            run.outputs[o] = Place::new(output);
+            // rounded at the end, as other steps may read it
+            run.deferred[o] = run.outputs[o].narrow;
         }
         for (i, input) in inputs.iter().enumerate() {
             run.inputs[i] = match *input {
@@ -288,8 +318,9 @@ impl Compiled {
                     assert!(o < outputs.len(), "input {i} in the place of output {o}");
                     // written before the input is read for the last time: through a buffer
                     run.deferred[o] |= self.last_read[i] > self.written[o] + 1;
-                    let (ptr, stride) = run.outputs[o];
-                    Layout { ptr, stride, div: 1, modulo: rows, splat: false }
+                    let place = run.outputs[o];
+                    assert!(!place.narrow, "input {i} in the place of a narrow output");
+                    Layout { ptr: place.ptr.cast(), stride: place.stride, div: 1, modulo: rows, splat: false }
                 }
             };
         }
@@ -310,13 +341,20 @@ struct Layout {
     splat: bool,
 }
 
+impl Layout {
+    /// As an output that would lie there.
+    fn place(&self) -> Place {
+        Place { ptr: self.ptr.cast_mut().cast(), stride: self.stride, narrow: false }
+    }
+}
+
 /// A program with its operands.
 pub(super) struct Run<'a> {
     compiled: &'a Compiled,
     rows: usize,
     cols: usize,
     inputs: [Layout; MAX_INPUTS],
-    outputs: [(*mut f32, usize); MAX_OUTPUTS],
+    outputs: [Place; MAX_OUTPUTS],
     /// Outputs that must not be written before the end of a tile.
     deferred: [bool; MAX_OUTPUTS],
     masks: [Keep; MAX_MASKS],
@@ -342,13 +380,12 @@ impl Run<'_> {
     /// Asks for the memory of the operands in these rows and columns to come to the second cache.
     pub(super) fn ahead(&self, rows: Range<usize>, cols: Range<usize>) {
         let inputs = self.inputs[..self.compiled.inputs].iter();
-        let inputs = inputs.filter(|l| l.div == 1 && l.modulo == self.rows && !l.splat).map(|l| (l.ptr, l.stride));
-        let outputs =
-            self.outputs[..self.compiled.written.len()].iter().map(|&(ptr, stride)| (ptr.cast_const(), stride));
-        for (ptr, stride) in inputs.chain(outputs) {
+        let inputs = inputs.filter(|l| l.div == 1 && l.modulo == self.rows && !l.splat).map(Layout::place);
+        for place in inputs.chain(self.outputs[..self.compiled.written.len()].iter().copied()) {
+            let line = place.line();
             for row in rows.clone() {
-                let start = ptr.wrapping_add(row * stride + cols.start);
-                (0..cols.len()).step_by(LINE).for_each(|i| prefetch_far(start.wrapping_add(i)));
+                let start = row * place.stride + cols.start;
+                (0..cols.len()).step_by(line).for_each(|i| prefetch_far(place.at(start + i)));
             }
         }
     }
@@ -360,8 +397,7 @@ impl Run<'_> {
         let whole = |l: &Layout| l.stride == cols && !l.splat && l.div == 1 && l.modulo == rows;
         let scalar = |l: &Layout| l.splat && l.modulo == 1;
         let outputs = &self.outputs[..self.compiled.written.len()];
-        if rows > 1 && inputs.iter().all(|l| whole(l) || scalar(l)) && outputs.iter().all(|&(_, stride)| stride == cols)
-        {
+        if rows > 1 && inputs.iter().all(|l| whole(l) || scalar(l)) && outputs.iter().all(|o| o.stride == cols) {
             inputs.iter_mut().for_each(|l| l.modulo = 1);
             (self.rows, self.cols) = (1, rows * cols);
         }
@@ -374,18 +410,17 @@ impl Run<'_> {
         let elements = tile.rows * tile.cols;
         let (from, to) = (elements * part / parts, elements * (part + 1) / parts);
         let inputs = self.inputs[..self.compiled.inputs].iter();
-        let inputs = inputs.filter(|l| l.div == 1 && l.modulo == self.rows && !l.splat).map(|l| (l.ptr, l.stride));
-        let outputs =
-            self.outputs[..self.compiled.written.len()].iter().map(|&(ptr, stride)| (ptr.cast_const(), stride));
-        for (ptr, stride) in inputs.chain(outputs) {
+        let inputs = inputs.filter(|l| l.div == 1 && l.modulo == self.rows && !l.splat).map(Layout::place);
+        for place in inputs.chain(self.outputs[..self.compiled.written.len()].iter().copied()) {
+            let (stride, line) = (place.stride, place.line());
             if tile.rows == 1 || stride == self.cols {
-                let start = ptr.wrapping_add(tile.row * stride + tile.col + elements);
-                (from..to).step_by(LINE).for_each(|i| prefetch(start.wrapping_add(i)));
+                let start = tile.row * stride + tile.col + elements;
+                (from..to).step_by(line).for_each(|i| prefetch(place.at(start + i)));
             } else {
                 // rows with gaps
                 for row in tile.rows * part / parts..tile.rows * (part + 1) / parts {
-                    let start = ptr.wrapping_add((tile.row + tile.rows + row) * stride + tile.col);
-                    (0..tile.cols).step_by(LINE).for_each(|i| prefetch(start.wrapping_add(i)));
+                    let start = (tile.row + tile.rows + row) * stride + tile.col;
+                    (0..tile.cols).step_by(line).for_each(|i| prefetch(place.at(start + i)));
                 }
             }
         }
@@ -483,9 +518,8 @@ unsafe fn run_tile<S: Simd>(s: S, run: &Run<'_>, tile: Tile, scratch: *mut f32) 
         Target::Tile(t) => (buffer(t as usize), tile.cols),
         Target::Output(o) if run.deferred[o as usize] => (buffer(compiled.tiles + o as usize), tile.cols),
         Target::Output(o) => {
-            let (ptr, stride) = run.outputs[o as usize];
-            // SAFETY: as above.
-            (unsafe { ptr.add(tile.row * stride + tile.col) }, stride)
+            let place = run.outputs[o as usize];
+            (place.at(tile.row * place.stride + tile.col).cast(), place.stride)
         }
     };
     let view = |from: &Source| match from {
@@ -551,9 +585,16 @@ unsafe fn run_tile<S: Simd>(s: S, run: &Run<'_>, tile: Tile, scratch: *mut f32) 
     for o in 0..outputs {
         if run.deferred[o] {
             let from = View { ptr: buffer(compiled.tiles + o), stride: tile.cols, splat: false };
-            let (ptr, stride) = run.outputs[o];
+            let place = run.outputs[o];
+            let to = place.at(tile.row * place.stride + tile.col);
             // SAFETY: as above.
-            unsafe { copy(s, tile, from, (ptr.add(tile.row * stride + tile.col), stride)) };
+            unsafe {
+                if place.narrow {
+                    narrow(s, tile, from.ptr, to.cast(), place.stride);
+                } else {
+                    copy(s, tile, from, (to.cast(), place.stride));
+                }
+            }
         }
     }
 }
@@ -681,6 +722,23 @@ unsafe fn copy<S: Simd>(s: S, tile: Tile, a: View, to: (*mut f32, usize)) {
     }
 }
 
+/// Rounds a tile that lies at `from` without gaps.
+///
+/// # Safety
+/// As for [`each`].
+#[inline(always)]
+unsafe fn narrow<S: Simd>(s: S, tile: Tile, from: *const f32, to: *mut Bf16, stride: usize) {
+    let (rows, cols) = if stride == tile.cols { (1, tile.rows * tile.cols) } else { (tile.rows, tile.cols) };
+    for r in 0..rows {
+        // SAFETY: the caller's promise.
+        let (from, to) = unsafe {
+            let from = std::slice::from_raw_parts(from.add(r * cols), cols);
+            (from, std::slice::from_raw_parts_mut(to.add(r * stride), cols))
+        };
+        round_slice(s, from, to);
+    }
+}
+
 /// `a`, with one value per row written out into the buffer `to`.
 ///
 /// # Safety
@@ -697,7 +755,7 @@ unsafe fn spread<S: Simd>(s: S, tile: Tile, a: View, to: *mut f32) -> View {
 
 /// Asks for the cache line at an address, which need not be valid.
 #[inline(always)]
-fn prefetch(address: *const f32) {
+fn prefetch(address: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a hint that accesses nothing; every x86-64 has the instruction.
     unsafe {
@@ -708,7 +766,7 @@ fn prefetch(address: *const f32) {
 
 /// As [`prefetch`], into the second cache.
 #[inline(always)]
-fn prefetch_far(address: *const f32) {
+fn prefetch_far(address: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: as above.
     unsafe {

@@ -21,6 +21,7 @@ pub mod matmul;
 pub mod matvec;
 pub mod norm;
 pub mod optimizer;
+pub mod output;
 pub mod reduce;
 pub mod retention;
 pub mod rotary;

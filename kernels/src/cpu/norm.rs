@@ -19,6 +19,7 @@
 use std::ops::Range;
 
 use super::lanes::{Partials, grain, lanes, ld, st, sum_partials};
+use super::output::Output;
 use super::simd::Simd;
 use super::threads::{parallel_for, parallel_ranges, with_scratch};
 use crate::rows::SharedSlice;
@@ -66,15 +67,16 @@ pub struct Residual<'a> {
 ///
 /// x, y `[rows, C]`; weight, bias `[C]`, 1 and 0 where absent; stats `[rows, norm.stats_per_row()]` is what
 /// [`backward`] needs.
-pub fn forward(
+pub fn forward<'a>(
     norm: Norm,
     x: Rows<'_>,
     residual: Option<Residual<'_>>,
     weight: Option<&[f32]>,
     bias: Option<&[f32]>,
-    y: RowsMut<'_>,
+    y: impl Into<Output<'a>>,
     stats: Option<&mut [f32]>,
 ) {
+    let y = y.into();
     let (rows, cols) = (x.rows(), x.cols());
     check(norm, cols, [weight, bias]);
     assert!(y.rows() == rows && y.cols() == cols);
@@ -85,9 +87,11 @@ pub fn forward(
         assert_eq!(stats.len(), rows * norm.stats_per_row());
     }
     let task = Forward { norm, x, residual, weight, bias, y, stats: stats.map(SharedSlice::new) };
-    parallel_ranges(rows, grain(cols), |range| match norm.kind {
-        Kind::Rms => forward_rms(&task, range),
-        Kind::Layer => forward_layer(&task, range),
+    parallel_ranges(rows, grain(cols), |range| {
+        with_scratch(task.y.line(), |line| match norm.kind {
+            Kind::Rms => forward_rms(&task, range, line),
+            Kind::Layer => forward_layer(&task, range, line),
+        })
     });
 }
 
@@ -149,7 +153,7 @@ struct Forward<'a> {
     residual: Option<Residual<'a>>,
     weight: Option<&'a [f32]>,
     bias: Option<&'a [f32]>,
-    y: RowsMut<'a>,
+    y: Output<'a>,
     stats: Option<SharedSlice<'a, f32>>,
 }
 
@@ -164,11 +168,11 @@ struct Backward<'a> {
 }
 
 simd_fn! {
-    fn forward_rms(s: S, task: &Forward<'_>, range: Range<usize>) {
-        forward_rows::<S, false>(s, task, range)
+    fn forward_rms(s: S, task: &Forward<'_>, range: Range<usize>, line: &mut [f32]) {
+        forward_rows::<S, false>(s, task, range, line)
     }
-    fn forward_layer(s: S, task: &Forward<'_>, range: Range<usize>) {
-        forward_rows::<S, true>(s, task, range)
+    fn forward_layer(s: S, task: &Forward<'_>, range: Range<usize>, line: &mut [f32]) {
+        forward_rows::<S, true>(s, task, range, line)
     }
     fn backward_rms(s: S, task: &Backward<'_>, range: Range<usize>, dweight: &mut [f32], dbias: &mut [f32]) {
         backward_rows::<S, false>(s, task, range, dweight, dbias)
@@ -185,83 +189,90 @@ fn total<S: Simd>(s: S, [a, b, c, d]: [S::F; 4]) -> f32 {
 }
 
 #[inline(always)]
-fn forward_rows<S: Simd, const LAYER: bool>(s: S, task: &Forward<'_>, range: Range<usize>) {
-    let Norm { groups, eps, .. } = task.norm;
-    let width = task.x.cols() / groups;
+fn forward_rows<S: Simd, const LAYER: bool>(s: S, task: &Forward<'_>, range: Range<usize>, line: &mut [f32]) {
     for r in range {
         // SAFETY: this task alone has these rows of y.
-        let y_row = unsafe { task.y.shared_row(r) };
-        for g in 0..groups {
-            let at = g * width..(g + 1) * width;
-            let mut x = &task.x.row(r)[at.clone()];
-            // four sums in turn, so that an addition does not wait for the one before
-            let mut sums = [s.zero(); 4];
-            if let Some(residual) = &task.residual {
-                let add = &residual.residual.row(r)[at.clone()];
-                // SAFETY: this task alone has these rows of h.
-                let h = unsafe { &mut residual.h.shared_row(r)[at.clone()] };
-                lanes!(S, width, |i, n| {
-                    // SAFETY: the slices have `width` elements.
-                    unsafe {
-                        let v = s.add(ld(s, x, i, n), ld(s, add, i, n));
-                        st(s, h, i, n, v);
-                        let [a, b, c, d] = sums;
-                        sums = [b, c, d, if LAYER { s.add(a, v) } else { s.fma(v, v, a) }];
-                    }
-                });
-                x = h;
-            } else {
-                lanes!(S, width, |i, n| {
-                    // SAFETY: as above.
-                    let v = unsafe { ld(s, x, i, n) };
+        unsafe {
+            forward_row::<S, LAYER>(s, task, r, task.y.begin(r, line));
+            task.y.finish(s, r, line);
+        }
+    }
+}
+
+#[inline(always)]
+fn forward_row<S: Simd, const LAYER: bool>(s: S, task: &Forward<'_>, r: usize, y_row: &mut [f32]) {
+    let Norm { groups, eps, .. } = task.norm;
+    let width = task.x.cols() / groups;
+    for g in 0..groups {
+        let at = g * width..(g + 1) * width;
+        let mut x = &task.x.row(r)[at.clone()];
+        // four sums in turn, so that an addition does not wait for the one before
+        let mut sums = [s.zero(); 4];
+        if let Some(residual) = &task.residual {
+            let add = &residual.residual.row(r)[at.clone()];
+            // SAFETY: this task alone has these rows of h.
+            let h = unsafe { &mut residual.h.shared_row(r)[at.clone()] };
+            lanes!(S, width, |i, n| {
+                // SAFETY: the slices have `width` elements.
+                unsafe {
+                    let v = s.add(ld(s, x, i, n), ld(s, add, i, n));
+                    st(s, h, i, n, v);
                     let [a, b, c, d] = sums;
                     sums = [b, c, d, if LAYER { s.add(a, v) } else { s.fma(v, v, a) }];
-                });
-            }
-            let mut mean = 0.0;
-            if LAYER {
-                mean = total(s, sums) / width as f32;
-                sums = [s.zero(); 4];
-                let mean = s.splat(mean);
-                lanes!(S, width, |i, n| {
-                    // SAFETY: as above. Lanes past the end must not count, so they get the mean.
-                    let v = unsafe { s.sub(ld(s, x, i, n), mean) };
-                    let v = if n == S::LANES { v } else { first(s, v, n) };
-                    let [a, b, c, d] = sums;
-                    sums = [b, c, d, s.fma(v, v, a)];
-                });
-            }
-            let inv = 1.0 / (total(s, sums) / width as f32 + eps).sqrt();
-            if let Some(stats) = &task.stats {
-                let i = r * groups + g;
-                // SAFETY: this row's statistics belong to this task.
-                unsafe {
-                    if LAYER {
-                        stats.range(2 * i..2 * i + 2).copy_from_slice(&[mean, inv]);
-                    } else {
-                        stats.range(i..i + 1)[0] = inv;
-                    }
-                }
-            }
-            let (mean, inv) = (s.splat(mean), s.splat(inv));
-            let y = &mut y_row[at.clone()];
-            let weight = task.weight.map(|w| &w[at.clone()]);
-            let bias = task.bias.map(|b| &b[at.clone()]);
-            lanes!(S, width, |i, n| {
-                // SAFETY: as above.
-                unsafe {
-                    let v = ld(s, x, i, n);
-                    let mut v = s.mul(if LAYER { s.sub(v, mean) } else { v }, inv);
-                    if let Some(w) = weight {
-                        v = s.mul(v, ld(s, w, i, n));
-                    }
-                    if let Some(b) = bias {
-                        v = s.add(v, ld(s, b, i, n));
-                    }
-                    st(s, y, i, n, v);
                 }
             });
+            x = h;
+        } else {
+            lanes!(S, width, |i, n| {
+                // SAFETY: as above.
+                let v = unsafe { ld(s, x, i, n) };
+                let [a, b, c, d] = sums;
+                sums = [b, c, d, if LAYER { s.add(a, v) } else { s.fma(v, v, a) }];
+            });
         }
+        let mut mean = 0.0;
+        if LAYER {
+            mean = total(s, sums) / width as f32;
+            sums = [s.zero(); 4];
+            let mean = s.splat(mean);
+            lanes!(S, width, |i, n| {
+                // SAFETY: as above. Lanes past the end must not count, so they get the mean.
+                let v = unsafe { s.sub(ld(s, x, i, n), mean) };
+                let v = if n == S::LANES { v } else { first(s, v, n) };
+                let [a, b, c, d] = sums;
+                sums = [b, c, d, s.fma(v, v, a)];
+            });
+        }
+        let inv = 1.0 / (total(s, sums) / width as f32 + eps).sqrt();
+        if let Some(stats) = &task.stats {
+            let i = r * groups + g;
+            // SAFETY: this row's statistics belong to this task.
+            unsafe {
+                if LAYER {
+                    stats.range(2 * i..2 * i + 2).copy_from_slice(&[mean, inv]);
+                } else {
+                    stats.range(i..i + 1)[0] = inv;
+                }
+            }
+        }
+        let (mean, inv) = (s.splat(mean), s.splat(inv));
+        let y = &mut y_row[at.clone()];
+        let weight = task.weight.map(|w| &w[at.clone()]);
+        let bias = task.bias.map(|b| &b[at.clone()]);
+        lanes!(S, width, |i, n| {
+            // SAFETY: as above.
+            unsafe {
+                let v = ld(s, x, i, n);
+                let mut v = s.mul(if LAYER { s.sub(v, mean) } else { v }, inv);
+                if let Some(w) = weight {
+                    v = s.mul(v, ld(s, w, i, n));
+                }
+                if let Some(b) = bias {
+                    v = s.add(v, ld(s, b, i, n));
+                }
+                st(s, y, i, n, v);
+            }
+        });
     }
 }
 

@@ -27,6 +27,8 @@
 
 use std::sync::OnceLock;
 
+use crate::device::Bf16;
+
 /// Vector operations of one instruction set. A value of the type proves that the machine has it.
 #[allow(clippy::wrong_self_convention)]
 pub trait Simd: Copy + Send + Sync + 'static {
@@ -49,6 +51,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn load_partial(self, from: &[f32], n: usize) -> Self::F;
     /// Writes the first `n <= LANES` lanes. Panics if `to` is shorter.
     fn store_partial(self, to: &mut [f32], n: usize, v: Self::F);
+    /// Writes the upper halves of the first `n <= LANES` lanes, each a `bf16`. Panics if `to` is shorter. See [`Simd::store_bf16`].
+    fn store_upper(self, to: &mut [Bf16], n: usize, v: Self::I);
     /// # Safety
     /// `from` must be valid for `LANES` reads.
     unsafe fn load_ptr(self, from: *const f32) -> Self::F;
@@ -116,6 +120,20 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// The largest lane.
     fn max_lane(self, a: Self::F) -> f32;
 
+    /// Rounds to `bf16`, halves to even, in the upper half of each lane; the lower half is whatever it is. NaN stays NaN.
+    #[inline(always)]
+    fn rounded(self, x: Self::F) -> Self::I {
+        let bits = self.bits(x);
+        let odd = self.and_i(self.shr::<16>(bits), self.splat_i(1));
+        let up = self.add_i(self.add_i(bits, self.splat_i(0x7fff)), odd);
+        let nan = self.or_i(bits, self.splat_i(0x0040_0000));
+        self.bits(self.select(self.eq(x, x), self.from_bits(up), self.from_bits(nan)))
+    }
+    /// Rounds the first `n <= LANES` lanes to `bf16` and writes them. Panics if `to` is shorter.
+    #[inline(always)]
+    fn store_bf16(self, to: &mut [Bf16], n: usize, v: Self::F) {
+        self.store_upper(to, n, self.rounded(v));
+    }
     /// All lanes 0.
     #[inline(always)]
     fn zero(self) -> Self::F {
@@ -189,6 +207,10 @@ impl Simd for Portable {
     #[inline(always)]
     fn store_partial(self, to: &mut [f32], n: usize, v: Self::F) {
         to[..n].copy_from_slice(&v[..n]);
+    }
+    #[inline(always)]
+    fn store_upper(self, to: &mut [Bf16], n: usize, v: Self::I) {
+        to[..n].iter_mut().zip(&v[..n]).for_each(|(to, v)| *to = Bf16((v >> 16) as u16));
     }
     #[inline(always)]
     unsafe fn load_ptr(self, from: *const f32) -> Self::F {
@@ -333,6 +355,7 @@ impl Simd for Portable {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::Simd;
+    use crate::device::Bf16;
     use std::arch::x86_64::*;
 
     /// AVX2 and FMA, eight lanes.
@@ -419,6 +442,18 @@ mod x86 {
             unsafe { _mm256_maskstore_ps(to.as_mut_ptr(), mask8(n), v) }
         }
         #[inline(always)]
+        fn store_upper(self, to: &mut [Bf16], n: usize, v: __m256i) {
+            let to = &mut to[..n];
+            let mut all = [Bf16::default(); 8];
+            // SAFETY: detected; eight numbers are written.
+            unsafe {
+                let halves = _mm256_srli_epi32::<16>(v);
+                let (low, high) = (_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves));
+                _mm_storeu_si128(all.as_mut_ptr().cast(), _mm_packus_epi32(low, high));
+            }
+            to.copy_from_slice(&all[..n]);
+        }
+        #[inline(always)]
         unsafe fn load_ptr(self, from: *const f32) -> __m256 {
             // SAFETY: the caller's promise.
             unsafe { _mm256_loadu_ps(from) }
@@ -497,6 +532,19 @@ mod x86 {
             assert!(n <= 16 && n <= to.len());
             // SAFETY: detected, and masked lanes are not accessed.
             unsafe { _mm512_mask_storeu_ps(to.as_mut_ptr(), mask16(n), v) }
+        }
+        #[inline(always)]
+        fn store_upper(self, to: &mut [Bf16], n: usize, v: __m512i) {
+            assert!(n <= 16 && n <= to.len());
+            // SAFETY: detected, and masked lanes are not accessed.
+            unsafe {
+                let halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(v));
+                if n == 16 {
+                    _mm256_storeu_si256(to.as_mut_ptr().cast(), halves)
+                } else {
+                    _mm256_mask_storeu_epi16(to.as_mut_ptr().cast(), mask16(n), halves)
+                }
+            }
         }
         #[inline(always)]
         unsafe fn load_ptr(self, from: *const f32) -> __m512 {
@@ -698,6 +746,26 @@ mod tests {
                 s.store_partial(&mut out, n, s.load_partial(&a[..n], n));
                 assert_eq!(out[..n], a[..n]);
                 assert!(out[n..].iter().all(|&x| x == 9.0));
+            }
+            for n in 0..=S::LANES {
+                let mut out = vec![Bf16(7); S::LANES];
+                s.store_bf16(&mut out, n, va);
+                assert!(out[..n].iter().zip(&a).all(|(out, a)| *out == Bf16::from_f32(*a)));
+                assert!(out[n..].iter().all(|x| *x == Bf16(7)));
+            }
+            for x in [
+                0.0,
+                -0.0,
+                1.0 + 1.0 / 256.0,
+                1.0 + 3.0 / 256.0,
+                f32::MAX,
+                f32::INFINITY,
+                -1e-40,
+                f32::from_bits(0x7f80_0001),
+            ] {
+                let mut out = vec![Bf16(7); S::LANES];
+                s.store_bf16(&mut out, S::LANES, s.splat(x));
+                assert!(out.iter().all(|y| *y == Bf16::from_f32(x)), "{x}: {out:?}");
             }
             let sum: f32 = a.iter().sum();
             assert!((s.sum(va) - sum).abs() < 1e-4);

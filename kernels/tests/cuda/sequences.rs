@@ -1,6 +1,7 @@
 //! Attention and retention: ops over heads.
 
 use dataflow_kernels::cpu;
+use dataflow_kernels::cpu::attention::Factors;
 use dataflow_kernels::cuda::call::Tensor;
 use dataflow_kernels::cuda::{attention, retention};
 
@@ -66,10 +67,19 @@ fn attention_over_several_blocks_matches_the_processor() {
             fn out(data: &mut [f32], cols: usize) -> RowsMut<'_> {
                 RowsMut::contiguous(data, cols)
             }
-            cpu::attention::forward(dims, matrix(&q), matrix(&k), matrix(&v), mask, out(&mut y, cols), &mut lse);
+            cpu::attention::forward(
+                dims,
+                Factors::Single,
+                matrix(&q),
+                matrix(&k),
+                matrix(&v),
+                mask,
+                out(&mut y, cols),
+                &mut lse,
+            );
             let (dq_, dk_, dv_) = (out(&mut dq, cols), out(&mut dk, cols), out(&mut dv, cols));
             let (q_, k_, v_, y_, dy_) = (matrix(&q), matrix(&k), matrix(&v), matrix(&y), matrix(&dy));
-            cpu::attention::backward(dims, q_, k_, v_, mask, y_, &lse, dy_, dq_, dk_, dv_);
+            cpu::attention::backward(dims, Factors::Single, q_, k_, v_, mask, y_, &lse, dy_, dq_, dk_, dv_);
 
             let step = memory.integers(&[5]);
             let dropout = (p > 0.0).then_some(attention::Dropout { seed: 77, site: 3, p, step });
@@ -124,10 +134,10 @@ fn retention_over_several_blocks_matches_the_processor() {
         let [q_, k_] = [&q, &k].map(|x| Rows::contiguous(x, keys));
         let [v_, dy_] = [&v, &dy].map(|x| Rows::contiguous(x, values));
         let out = RowsMut::contiguous(&mut y, values);
-        cpu::retention::parallel_forward(dims, q_, k_, v_, out, &mut normalizer);
+        cpu::retention::parallel_forward(dims, Factors::Single, q_, k_, v_, out, &mut normalizer);
         let [dq_, dk_] = [&mut dq, &mut dk].map(|x| RowsMut::contiguous(x, keys));
         let dv_ = RowsMut::contiguous(&mut dv, values);
-        cpu::retention::parallel_backward(dims, q_, k_, v_, &normalizer, dy_, dq_, dk_, dv_);
+        cpu::retention::parallel_backward(dims, Factors::Single, q_, k_, v_, &normalizer, dy_, dq_, dk_, dv_);
 
         let [q, k] = [q, k].map(|x| memory.input(&x, keys));
         let [v, dy] = [v, dy].map(|x| memory.input(&x, values));

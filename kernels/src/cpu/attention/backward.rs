@@ -2,8 +2,7 @@
 //! goes over the queries. Partial query gradients of such tasks are added up in a fixed order.
 
 use super::block::{
-    BLOCK, ONES, STRIP, key_splits, pack, pack_transposed, padded, product, row_dots, split_of, sum_splits, view,
-    view_mut, with_pieces,
+    BLOCK, Factors, ONES, STRIP, key_splits, padded, row_dots, split_of, sum_splits, view, view_mut, with_pieces,
 };
 use super::{BlockDropout, Dims};
 use crate::cpu::math;
@@ -22,6 +21,7 @@ use crate::{Rows, RowsMut, simd_fn};
 #[allow(clippy::too_many_arguments)] // one for each tensor
 pub fn backward(
     dims: Dims,
+    factors: Factors,
     q: Rows<'_>,
     k: Rows<'_>,
     v: Rows<'_>,
@@ -64,6 +64,7 @@ pub fn backward(
                     (dq, dk.shared_block(rows.clone(), cols.clone()), dv.shared_block(rows.clone(), cols.clone()))
                 };
                 let pair = Pair {
+                    factors,
                     q,
                     k,
                     v,
@@ -87,6 +88,7 @@ pub fn backward(
 
 /// One head of one sequence.
 struct Pair<'a> {
+    factors: Factors,
     q: Rows<'a>,
     k: Rows<'a>,
     v: Rows<'a>,
@@ -100,7 +102,7 @@ struct Pair<'a> {
 
 impl Pair<'_> {
     fn backward(&self, split: usize, splits: usize, dq: &RowsMut<'_>, dk: &RowsMut<'_>, dv: &RowsMut<'_>) {
-        let (time, dim) = (self.q.rows(), self.q.cols());
+        let (factors, time, dim) = (self.factors, self.q.rows(), self.q.cols());
         let width = padded(dim);
         with_pieces(2 * dim * BLOCK + 2 * BLOCK * BLOCK + 3 * BLOCK * width + 2 * BLOCK, |mut pieces| {
             let [qt, dot] = std::array::from_fn(|_| pieces.take(dim * BLOCK));
@@ -112,16 +114,17 @@ impl Pair<'_> {
                 let queries = last - first;
                 let lanes = padded(queries);
                 let [q_rows, dout_rows] = [self.q, self.dout].map(|x| x.slice_rows(first, last));
-                pack_transposed(qt, BLOCK, q_rows, &[self.scale; BLOCK]);
-                pack_transposed(dot, BLOCK, dout_rows, &ONES);
-                pack(q, width, q_rows, &ONES);
-                pack(dout, width, dout_rows, &ONES);
+                factors.pack_transposed(qt, BLOCK, q_rows, &[self.scale; BLOCK]);
+                factors.pack_transposed(dot, BLOCK, dout_rows, &ONES);
+                factors.pack(q, width, q_rows, &ONES);
+                factors.pack(dout, width, dout_rows, &ONES);
                 delta.fill(0.0);
                 row_dots(dout_rows, self.out.slice_rows(first, last), delta);
                 lse.fill(0.0);
                 lse[..queries].copy_from_slice(&self.lse[first..last]);
                 let dropout = self.dropout.map(|d| BlockDropout::new(d, self.first_row + first));
-                let (qt, dot) = (view(qt, BLOCK, 0..dim, 0..lanes), view(dot, BLOCK, 0..dim, 0..lanes));
+                let [qt, dot] = [&*qt, &*dot].map(|x| factors.packed(x, BLOCK, dim, lanes));
+                let [q, dout] = [&*q, &*dout].map(|x| factors.packed(x, width, queries, width));
 
                 let mut is_first = true;
                 for from in (0..=first).step_by(BLOCK).filter(|from| split_of(from / BLOCK, splits) == split) {
@@ -134,28 +137,28 @@ impl Pair<'_> {
                         let i = if on_diagonal { j.start } else { 0 }..lanes;
                         let (k, v) = (k.slice_rows(j.start, j.end), v.slice_rows(j.start, j.end));
                         let [qt, dot] = [qt, dot].map(|x| x.slice_cols(i.start, i.end));
-                        product(view_mut(p, BLOCK, j.clone(), i.clone()), Mat::Normal(k), qt, false);
-                        product(view_mut(ds, BLOCK, j, i), Mat::Normal(v), dot, false);
+                        factors.product(view_mut(p, BLOCK, j.clone(), i.clone()), Mat::Normal(k), qt, false);
+                        factors.product(view_mut(ds, BLOCK, j, i), Mat::Normal(v), dot, false);
                     }
                     softmax_gradient(p, ds, keys, lanes, on_diagonal, lse, delta, self.scale, dropout, from);
                     // the block on the diagonal is the first that adds to these keys
                     for j in (0..keys).step_by(step).map(|j| j..(j + step).min(keys)) {
                         let i = if on_diagonal { j.start } else { 0 }..queries;
                         let rows = from + j.start..from + j.end;
-                        for (x, weights, gradient) in [(&*dout, &*p, dv), (&*q, &*ds, dk)] {
+                        for (x, weights, gradient) in [(dout, &*p, dv), (q, &*ds, dk)] {
                             // SAFETY: this task owns these keys, and one block is in use at a time.
                             let gradient = unsafe { gradient.shared_block(rows.clone(), 0..dim) };
                             let a = Mat::Normal(view(weights, BLOCK, j.clone(), i.clone()));
-                            product(gradient, a, view(x, width, i.clone(), 0..width), !on_diagonal);
+                            factors.product(gradient, a, factors.steps(x, i.clone()), !on_diagonal);
                         }
                     }
-                    pack(packed, width, k, &ONES);
+                    factors.pack(packed, width, k, &ONES);
                     for i in (0..queries).step_by(step).map(|i| i..(i + step).min(queries)) {
                         let keys = if on_diagonal { i.end } else { keys };
                         // SAFETY: nobody else writes this `dq`.
                         let gradient = unsafe { dq.shared_block(first + i.start..first + i.end, 0..dim) };
                         let a = Mat::Transposed(view(ds, BLOCK, 0..keys, i));
-                        product(gradient, a, view(packed, width, 0..keys, 0..width), !is_first);
+                        factors.product(gradient, a, factors.packed(packed, width, keys, width), !is_first);
                     }
                     is_first = false;
                 }

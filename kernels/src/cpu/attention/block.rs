@@ -7,8 +7,12 @@
 
 use std::ops::Range;
 
-use crate::cpu::matmul::Mat;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::matmul::NativePair;
+use crate::cpu::matmul::{Mat, Pair, Single, Step, pair_columns, pair_rows};
 use crate::cpu::simd::Simd;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::simd::{Avx512, Level, has_bf16, level};
 use crate::cpu::threads::{parallel_for, with_scratch};
 use crate::{Rows, RowsMut, simd_fn};
 
@@ -102,51 +106,160 @@ pub fn sum_splits(
     });
 }
 
+/// `c = a b` or `c += a b`, with what a step of `k` is.
+#[inline(always)]
+fn panels<S: Simd, A: Step<S>>(s: S, mut c: RowsMut<'_>, a: Mat<'_>, b: Rows<'_>, accumulate: bool) {
+    let (m, n, k) = (c.rows(), c.cols(), a.cols());
+    assert!(a.rows() == m && b.rows() == k && b.cols() >= n.next_multiple_of(S::LANES));
+    let (a, a_row, a_col) = match a {
+        Mat::Normal(a) => (a.as_ptr(), a.stride(), 1),
+        Mat::Transposed(a) => (a.as_ptr(), 1, a.stride()),
+    };
+    // accumulators of a tile: 24 of 32 registers, or 12 of 16
+    let widest = if S::LANES == 16 { 4 } else { 2 };
+    let vectors = n.div_ceil(S::LANES);
+    let panels = vectors.div_ceil(widest);
+    let mut done = 0;
+    for panel in 0..panels {
+        let width = (vectors - done).div_ceil(panels - panel);
+        let column = done * S::LANES;
+        done += width;
+        let last = (n - column - (width - 1) * S::LANES).min(S::LANES);
+        // SAFETY: `column` lies within both matrices, whose sizes were checked above.
+        unsafe {
+            let p = Panel {
+                c: c.as_mut_ptr().add(column),
+                c_row: c.stride(),
+                m,
+                last,
+                a,
+                a_row,
+                a_col,
+                k,
+                b: b.as_ptr().add(column),
+                b_row: b.stride(),
+                accumulate,
+            };
+            if S::LANES == 16 {
+                match width {
+                    4 => p.run::<S, A, 6, 4>(s),
+                    3 => p.run::<S, A, 8, 3>(s),
+                    2 => p.run::<S, A, 12, 2>(s),
+                    _ => p.run::<S, A, 12, 1>(s),
+                }
+            } else {
+                match width {
+                    2 => p.run::<S, A, 6, 2>(s),
+                    _ => p.run::<S, A, 12, 1>(s),
+                }
+            }
+        }
+    }
+}
+
+/// [`product_of_pairs`] by the instruction for it.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+fn native_product_of_pairs(s: Avx512, c: RowsMut<'_>, a: Mat<'_>, b: Rows<'_>, accumulate: bool) {
+    panels::<Avx512, NativePair>(s, c, a, b, accumulate)
+}
+
+/// Whether factors of the products are kept whole, or rounded to `bf16`. The sums are in `f32` in either case.
+///
+/// Rounded factors lie in pairs, of two steps of `k`: a packed operand then has half the rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Factors {
+    /// `f32`
+    Single,
+    /// `bf16`
+    Bf16,
+}
+
+impl Factors {
+    /// [`Factors::Bf16`] if so.
+    pub fn rounded(bf16: bool) -> Self {
+        if bf16 { Self::Bf16 } else { Self::Single }
+    }
+
+    /// Packs a right operand: rows of `stride` elements, with weights as in [`pack`].
+    pub fn pack(self, to: &mut [f32], stride: usize, from: Rows<'_>, weight: &[f32]) {
+        pack(to, stride, from, weight);
+        self.pair(to, stride, from.rows());
+    }
+
+    /// Packs the transpose of `from` as a right operand.
+    pub fn pack_transposed(self, to: &mut [f32], stride: usize, from: Rows<'_>, weight: &[f32]) {
+        pack_transposed(to, stride, from, weight);
+        self.pair(to, stride, from.cols());
+    }
+
+    fn pair(self, rows: &mut [f32], stride: usize, count: usize) {
+        if self == Self::Bf16 {
+            let (to, from) = (rows.as_mut_ptr(), view(rows, stride, 0..count, 0..stride));
+            // SAFETY: a row is written after the two that it is made of were read; nobody uses `from` afterwards.
+            unsafe { pair_rows(Rows::from_raw(to, count, stride, from.stride()), to, stride) }
+        }
+    }
+
+    /// Steps `k` of a packed operand, of which the first must be even.
+    pub fn steps(self, packed: Rows<'_>, k: Range<usize>) -> Rows<'_> {
+        match self {
+            Self::Single => packed.slice_rows(k.start, k.end),
+            Self::Bf16 => packed.slice_rows(k.start / 2, k.end.div_ceil(2)),
+        }
+    }
+
+    /// The first `k` steps and `cols` columns of an operand that is packed in rows of `stride`.
+    pub fn packed(self, packed: &[f32], stride: usize, k: usize, cols: usize) -> Rows<'_> {
+        self.steps(view(packed, stride, 0..k, 0..cols), 0..k)
+    }
+
+    /// `c = a b` or `c += a b`; `b` is packed, with whole vectors of columns.
+    pub fn product(self, c: RowsMut<'_>, a: Mat<'_>, b: Rows<'_>, accumulate: bool) {
+        if self == Self::Single {
+            return product(c, a, b, accumulate);
+        }
+        let (Mat::Normal(from) | Mat::Transposed(from)) = a;
+        let (rows, cols) = match a {
+            Mat::Normal(a) => (a.rows(), a.cols().div_ceil(2)),
+            Mat::Transposed(a) => (a.rows().div_ceil(2), a.cols()),
+        };
+        let stride = padded(cols);
+        with_pieces(rows * stride, |mut pieces| {
+            let pairs = pieces.take(rows * stride);
+            let to = pairs.as_mut_ptr();
+            // SAFETY: there is room for the pairs; what stands behind those of a row is not used.
+            let a = unsafe {
+                if let Mat::Normal(_) = a {
+                    pair_columns(from, to, stride);
+                    Mat::Normal(view(pairs, stride, 0..rows, 0..cols))
+                } else {
+                    pair_rows(from, to, stride);
+                    Mat::Transposed(view(pairs, stride, 0..rows, 0..cols))
+                }
+            };
+            #[cfg(target_arch = "x86_64")]
+            if let (Level::Avx512(s), true) = (level(), has_bf16()) {
+                // SAFETY: the instruction was found.
+                return unsafe { native_product_of_pairs(s, c, a, b, accumulate) };
+            }
+            product_of_pairs(c, a, b, accumulate)
+        });
+    }
+}
+
 /// Weights of 1 for [`pack`] and [`pack_transposed`].
 pub const ONES: [f32; BLOCK] = [1.0; BLOCK];
 
 simd_fn! {
     /// `c = a b` or `c += a b`; `b` is [`pack`]ed, with whole vectors of columns.
     pub fn product(s: S, c: RowsMut<'_>, a: Mat<'_>, b: Rows<'_>, accumulate: bool) {
-        let mut c = c;
-        let (m, n, k) = (c.rows(), c.cols(), a.cols());
-        assert!(a.rows() == m && b.rows() == k && b.cols() >= n.next_multiple_of(S::LANES));
-        let (a, a_row, a_col) = match a {
-            Mat::Normal(a) => (a.as_ptr(), a.stride(), 1),
-            Mat::Transposed(a) => (a.as_ptr(), 1, a.stride()),
-        };
-        // accumulators of a tile: 24 of 32 registers, or 12 of 16
-        let widest = if S::LANES == 16 { 4 } else { 2 };
-        let vectors = n.div_ceil(S::LANES);
-        let panels = vectors.div_ceil(widest);
-        let mut done = 0;
-        for panel in 0..panels {
-            let width = (vectors - done).div_ceil(panels - panel);
-            let column = done * S::LANES;
-            done += width;
-            let last = (n - column - (width - 1) * S::LANES).min(S::LANES);
-            // SAFETY: `column` lies within both matrices, whose sizes were checked above.
-            unsafe {
-                let p = Panel {
-                    c: c.as_mut_ptr().add(column), c_row: c.stride(), m, last,
-                    a, a_row, a_col, k,
-                    b: b.as_ptr().add(column), b_row: b.stride(), accumulate,
-                };
-                if S::LANES == 16 {
-                    match width {
-                        4 => p.run::<S, 6, 4>(s),
-                        3 => p.run::<S, 8, 3>(s),
-                        2 => p.run::<S, 12, 2>(s),
-                        _ => p.run::<S, 12, 1>(s),
-                    }
-                } else {
-                    match width {
-                        2 => p.run::<S, 6, 2>(s),
-                        _ => p.run::<S, 12, 1>(s),
-                    }
-                }
-            }
-        }
+        panels::<S, Single>(s, c, a, b, accumulate)
+    }
+
+    /// [`product`] of pairs.
+    fn product_of_pairs(s: S, c: RowsMut<'_>, a: Mat<'_>, b: Rows<'_>, accumulate: bool) {
+        panels::<S, Pair>(s, c, a, b, accumulate)
     }
 
     /// Copies `from` to rows of `stride` elements, zero up to `stride`. Row `r` is multiplied by `weight[r]`, and the
@@ -275,17 +388,17 @@ impl Panel {
     /// # Safety
     /// The pointers must be valid for the sizes.
     #[inline(always)]
-    unsafe fn run<S: Simd, const MR: usize, const NR: usize>(self, s: S) {
+    unsafe fn run<S: Simd, A: Step<S>, const MR: usize, const NR: usize>(self, s: S) {
         let mut row = 0;
         while row < self.m {
             let left = self.m - row;
             // SAFETY: the caller's promise; a tile stores no row past `m`.
             unsafe {
                 if left > 4 {
-                    self.tile::<S, MR, NR>(s, row, left.min(MR));
+                    self.tile::<S, A, MR, NR>(s, row, left.min(MR));
                     row += MR;
                 } else {
-                    self.tile::<S, 4, NR>(s, row, left);
+                    self.tile::<S, A, 4, NR>(s, row, left);
                     row += 4;
                 }
             }
@@ -297,7 +410,7 @@ impl Panel {
     /// # Safety
     /// As for `run`; `1 <= rows <= MR` rows must exist.
     #[inline(always)]
-    unsafe fn tile<S: Simd, const MR: usize, const NR: usize>(self, s: S, row: usize, rows: usize) {
+    unsafe fn tile<S: Simd, A: Step<S>, const MR: usize, const NR: usize>(self, s: S, row: usize, rows: usize) {
         let mut sum = [[s.zero(); NR]; MR];
         let at: [usize; MR] = std::array::from_fn(|r| (row + r.min(rows - 1)) * self.a_row);
         let (mut a, mut b) = (self.a, self.b);
@@ -308,7 +421,7 @@ impl Panel {
                 for r in 0..MR {
                     let x = s.splat(*a.add(at[r]));
                     for v in 0..NR {
-                        sum[r][v] = s.fma(x, vectors[v], sum[r][v]);
+                        sum[r][v] = A::step(s, x, vectors[v], sum[r][v]);
                     }
                 }
                 a = a.wrapping_add(self.a_col);

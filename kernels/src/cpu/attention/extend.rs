@@ -1,6 +1,6 @@
 //! New tokens of one sequence against the keys and values of all earlier ones: a chunk of a prompt, or one token.
 
-use super::block::BLOCK;
+use super::block::{BLOCK, Factors};
 use super::forward::query_block;
 use super::{Dims, decode};
 use crate::cpu::threads::{parallel_for, with_scratch};
@@ -37,7 +37,16 @@ pub fn extend(heads: usize, position: usize, q: Rows<'_>, k_cache: Rows<'_>, v_c
         // SAFETY: these rows and columns of `out` belong to this task alone.
         let mut out = unsafe { out.shared_block(rows.clone(), cols) };
         if missing == 0 {
-            return query_block(scale, q.slice_rows(rows.start, rows.end), k, v, None, out, &mut lse[..to - from]);
+            return query_block(
+                Factors::Single,
+                scale,
+                q.slice_rows(rows.start, rows.end),
+                k,
+                v,
+                None,
+                out,
+                &mut lse[..to - from],
+            );
         }
         with_scratch(2 * (to - from) * head_dim, |scratch| {
             let (queries, results) = scratch.split_at_mut((to - from) * head_dim);
@@ -45,7 +54,16 @@ pub fn extend(heads: usize, position: usize, q: Rows<'_>, k_cache: Rows<'_>, v_c
             empty.fill(0.0);
             given.chunks_exact_mut(head_dim).zip(rows).for_each(|(to, r)| to.copy_from_slice(q.row(r)));
             let padded = RowsMut::contiguous(results, head_dim);
-            query_block(scale, Rows::contiguous(queries, head_dim), k, v, None, padded, &mut lse[..to - from]);
+            query_block(
+                Factors::Single,
+                scale,
+                Rows::contiguous(queries, head_dim),
+                k,
+                v,
+                None,
+                padded,
+                &mut lse[..to - from],
+            );
             let results = results.chunks_exact(head_dim).skip(missing);
             results.enumerate().for_each(|(r, from)| out.row(r).copy_from_slice(from));
         });

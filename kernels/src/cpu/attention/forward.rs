@@ -1,8 +1,6 @@
 //! The forward pass: every task owns one block of queries, and goes over its keys with an online softmax.
 
-use super::block::{
-    BLOCK, ONES, STRIP, pack, pack_transposed, padded, product, scale_rows, strips, view, view_mut, with_pieces,
-};
+use super::block::{BLOCK, Factors, ONES, STRIP, padded, scale_rows, strips, view, view_mut, with_pieces};
 use super::{BlockDropout, Dims};
 use crate::cpu::math;
 use crate::cpu::matmul::Mat;
@@ -20,6 +18,7 @@ use crate::{Rows, RowsMut, simd_fn};
 /// `dropout.at(((b * heads + h) * time + i) << 32 | j)`. The backward pass makes the same mask again.
 pub fn forward(
     dims: Dims,
+    factors: Factors,
     q: Rows<'_>,
     k: Rows<'_>,
     v: Rows<'_>,
@@ -48,13 +47,14 @@ pub fn forward(
                 (out.shared_block(first + from..first + to, cols), lse.range(pair * time + from..pair * time + to))
             };
             let dropout = dropout.map(|d| BlockDropout::new(d, pair * time + from));
-            query_block(dims.scale(), q.slice_rows(from, to), k, v, dropout, out, lse);
+            query_block(factors, dims.scale(), q.slice_rows(from, to), k, v, dropout, out, lse);
         }
     });
 }
 
 /// One block of queries, the last of the rows of `k` and `v`.
 pub(super) fn query_block(
+    factors: Factors,
     scale: f32,
     q: Rows<'_>,
     k: Rows<'_>,
@@ -72,8 +72,8 @@ pub(super) fn query_block(
         let packed = pieces.take(BLOCK * width);
         let sum = pieces.take(BLOCK * width);
         let [max, denominator, factor] = std::array::from_fn(|_| pieces.take(BLOCK));
-        pack_transposed(qt, BLOCK, q, &[scale; BLOCK]);
-        let qt = view(qt, BLOCK, 0..dim, 0..lanes);
+        factors.pack_transposed(qt, BLOCK, q, &[scale; BLOCK]);
+        let qt = factors.packed(qt, BLOCK, dim, lanes);
         max.fill(f32::NEG_INFINITY);
         denominator.fill(0.0);
         for from in (0..=diagonal).step_by(BLOCK) {
@@ -85,22 +85,27 @@ pub(super) fn query_block(
                 for j in strips(keys) {
                     let i = j.start..lanes;
                     let a = Mat::Normal(k.slice_rows(j.start, j.end));
-                    product(view_mut(p, BLOCK, j, i.clone()), a, qt.slice_cols(i.start, i.end), false);
+                    factors.product(view_mut(p, BLOCK, j, i.clone()), a, qt.slice_cols(i.start, i.end), false);
                 }
             } else {
-                product(view_mut(p, BLOCK, 0..keys, 0..lanes), Mat::Normal(k), qt, false);
+                factors.product(view_mut(p, BLOCK, 0..keys, 0..lanes), Mat::Normal(k), qt, false);
             }
             online_softmax(p, keys, lanes, on_diagonal, max, denominator, factor, dropout, from);
             if from > 0 {
                 scale_rows(view_mut(sum, width, 0..queries, 0..width), factor);
             }
-            pack(packed, width, v.slice_rows(from, to), &ONES);
+            factors.pack(packed, width, v.slice_rows(from, to), &ONES);
             let step = if on_diagonal { STRIP } else { BLOCK };
             for i in (0..queries).step_by(step) {
                 let end = (i + step).min(queries);
                 let keys = if on_diagonal { end } else { keys };
                 let a = Mat::Transposed(view(p, BLOCK, 0..keys, i..end));
-                product(view_mut(sum, width, i..end, 0..width), a, view(packed, width, 0..keys, 0..width), from > 0);
+                factors.product(
+                    view_mut(sum, width, i..end, 0..width),
+                    a,
+                    factors.packed(packed, width, keys, width),
+                    from > 0,
+                );
             }
         }
         for i in 0..queries {

@@ -16,6 +16,7 @@ mod extend;
 mod forward;
 
 pub use backward::backward;
+pub use block::Factors;
 pub use decode::decode;
 pub use extend::extend;
 pub use forward::forward;

@@ -3,8 +3,9 @@
 use std::ops::Range;
 
 use super::product::{After, is_thin};
-use super::{Init, Mat, run};
+use super::{Factor, Init, run};
 use crate::cpu::interpreter::{Compiled, Operand, Run};
+use crate::cpu::output::Output;
 use crate::cpu::threads::with_scratch;
 use crate::{Rows, RowsMut};
 
@@ -17,7 +18,7 @@ pub struct Epilogue<'a, 'i, 'o> {
     /// The input that is the result of the product.
     pub result: usize,
     /// Its outputs, of the size of the product.
-    pub outputs: &'a mut [RowsMut<'o>],
+    pub outputs: &'a mut [Output<'o>],
     /// Dropout masks are those of this seed.
     pub seed: u64,
     /// And of this step.
@@ -29,10 +30,10 @@ pub struct Epilogue<'a, 'i, 'o> {
 /// are rounded as in [`matmul_bf16`](super::matmul_bf16).
 ///
 /// # Panics
-/// If the sizes do not fit.
+/// If the sizes do not fit, or nothing can hold the product's result in `f32`.
 pub fn matmul_then(
     kept: Option<RowsMut<'_>>,
-    (a, b): (Mat<'_>, Mat<'_>),
+    (a, b): (Factor<'_>, Factor<'_>),
     init: Init<'_>,
     pairs: bool,
     epilogue: Epilogue<'_, '_, '_>,
@@ -55,7 +56,9 @@ pub fn matmul_then(
             chain(c, read, (a, b), init, pairs, epilogue);
         });
     } else {
-        let first = &mut epilogue.outputs[0];
+        let Output::Single(first) = &mut epilogue.outputs[0] else {
+            panic!("a sum of products needs an output in f32, or `kept`");
+        };
         let (ptr, stride) = (first.as_mut_ptr(), first.stride());
         assert_eq!((first.rows(), first.cols()), (m, n), "size of the product");
         // SAFETY: the program touches a part of its output after the product is done with it, in the same task.
@@ -68,7 +71,7 @@ pub fn matmul_then(
 fn chain<'i>(
     c: RowsMut<'_>,
     read: Operand<'i>,
-    (a, b): (Mat<'_>, Mat<'_>),
+    (a, b): (Factor<'_>, Factor<'_>),
     init: Init<'_>,
     pairs: bool,
     epilogue: Epilogue<'_, 'i, '_>,

@@ -12,11 +12,13 @@
 #![allow(clippy::needless_range_loop)]
 
 use crate::cpu::simd::{Portable, Simd};
+use crate::device::Bf16;
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
-    __m512 as F512, __m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_loadu_si512,
-    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_permutexvar_epi16, _mm512_storeu_si512,
+    __m512 as F512, __m512bh, __m512i, _mm256_maskz_loadu_epi16, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh,
+    _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_or_si512,
+    _mm512_permutexvar_epi16, _mm512_slli_epi32, _mm512_storeu_si512,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -154,6 +156,22 @@ pub(super) trait Kernel: Simd {
         width: usize,
     );
 
+    /// [`Kernel::pair_rows`] of numbers that are `bf16`.
+    ///
+    /// # Safety
+    /// As [`Kernel::transpose`].
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn pair_halves(
+        self,
+        from: *const Bf16,
+        from_step: usize,
+        rows: usize,
+        cols: usize,
+        to: *mut f32,
+        to_step: usize,
+        width: usize,
+    );
+
     /// Writes the pairs of neighbours of each row; zero is the partner of a last element.
     ///
     /// # Safety
@@ -221,13 +239,13 @@ macro_rules! for_rows {
 }
 
 /// What a step of `k` does to a vector of the result.
-trait Step<S: Simd> {
+pub(in crate::cpu) trait Step<S: Simd> {
     /// `acc + x y`
     fn step(s: S, x: S::F, y: S::F, acc: S::F) -> S::F;
 }
 
 /// An `f32` of each factor.
-struct Single;
+pub(in crate::cpu) struct Single;
 
 impl<S: Simd> Step<S> for Single {
     #[inline(always)]
@@ -237,7 +255,7 @@ impl<S: Simd> Step<S> for Single {
 }
 
 /// A pair of `bf16` of each factor, on any machine: a `bf16` is the upper half of an `f32`.
-struct Pair;
+pub(in crate::cpu) struct Pair;
 
 impl<S: Simd> Step<S> for Pair {
     #[inline(always)]
@@ -250,7 +268,7 @@ impl<S: Simd> Step<S> for Pair {
 
 /// The same by the instruction for it (AVX512-BF16), which sums the two products with roundings of its own.
 #[cfg(target_arch = "x86_64")]
-struct NativePair;
+pub(in crate::cpu) struct NativePair;
 
 #[cfg(target_arch = "x86_64")]
 impl Step<Avx512> for NativePair {
@@ -267,16 +285,6 @@ impl Step<Avx512> for NativePair {
 
 /// The bits of a pair's second number.
 const HIGH: i32 = 0xffff_0000_u32 as i32;
-
-/// Rounds to `bf16`, halves to even, in the upper half of each lane; the lower half is whatever it is. NaN stays NaN.
-#[inline(always)]
-fn rounded<S: Simd>(s: S, x: S::F) -> S::I {
-    let bits = s.bits(x);
-    let odd = s.and_i(s.shr::<16>(bits), s.splat_i(1));
-    let up = s.add_i(s.add_i(bits, s.splat_i(0x7fff)), odd);
-    let nan = s.or_i(bits, s.splat_i(0x0040_0000));
-    s.bits(s.select(s.eq(x, x), s.from_bits(up), s.from_bits(nan)))
-}
 
 /// See [`Kernel::pair_rows`].
 #[inline(always)]
@@ -303,11 +311,75 @@ unsafe fn pair_rows<S: Simd>(
                     n if n == S::LANES => s.load_ptr(row.add(c)),
                     n => partial(s, row.add(c), n),
                 };
-                let low = s.shr::<16>(rounded(s, at(first)));
-                let high = if r + 1 < rows { rounded(s, at(first.add(from_step))) } else { s.splat_i(0) };
+                let low = s.shr::<16>(s.rounded(at(first)));
+                let high = if r + 1 < rows { s.rounded(at(first.add(from_step))) } else { s.splat_i(0) };
                 let pair = s.or_i(low, s.and_i(high, s.splat_i(HIGH)));
                 s.store_ptr(to.add(r / 2 * to_step + c), s.from_bits(pair));
                 c += S::LANES;
+            }
+        }
+    }
+}
+
+/// See [`Kernel::pair_halves`].
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+pub(super) unsafe fn pair_halves<S: Simd>(
+    _: S,
+    from: *const Bf16,
+    from_step: usize,
+    rows: usize,
+    cols: usize,
+    to: *mut f32,
+    to_step: usize,
+    width: usize,
+) {
+    let n = cols.min(width);
+    for r in (0..rows).step_by(2) {
+        // SAFETY: the caller promises `rows` readable rows of `cols` and half as many writable ones of `width`.
+        let (low, high, to) = unsafe {
+            let low = std::slice::from_raw_parts(from.add(r * from_step), n);
+            let high = (r + 1 < rows).then(|| std::slice::from_raw_parts(from.add((r + 1) * from_step), n));
+            (low, high, std::slice::from_raw_parts_mut(to.add(r / 2 * to_step).cast::<u32>(), width))
+        };
+        match high {
+            Some(high) => {
+                let pairs = low.iter().zip(high).map(|(low, high)| u32::from(low.0) | u32::from(high.0) << 16);
+                to.iter_mut().zip(pairs).for_each(|(to, pair)| *to = pair);
+            }
+            None => to.iter_mut().zip(low).for_each(|(to, low)| *to = u32::from(low.0)),
+        }
+        to[n..].fill(0);
+    }
+}
+
+/// [`Kernel::pair_halves`] with masks.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[allow(clippy::too_many_arguments)]
+unsafe fn masked_pair_halves(
+    _: Avx512,
+    from: *const Bf16,
+    from_step: usize,
+    rows: usize,
+    cols: usize,
+    to: *mut f32,
+    to_step: usize,
+    width: usize,
+) {
+    // SAFETY: the caller promises `rows` readable rows of `cols` and half as many writable ones of `width`.
+    unsafe {
+        for r in (0..rows).step_by(2) {
+            let first = from.add(r * from_step).cast::<i16>();
+            for c in (0..width).step_by(16) {
+                let mask = mask_of(cols.saturating_sub(c));
+                let low = _mm256_maskz_loadu_epi16(mask, first.wrapping_add(c));
+                let mask = if r + 1 < rows { mask } else { 0 };
+                let high = _mm256_maskz_loadu_epi16(mask, first.wrapping_add(from_step + c));
+                let (low, high) = (_mm512_cvtepu16_epi32(low), _mm512_cvtepu16_epi32(high));
+                let pairs = _mm512_or_si512(low, _mm512_slli_epi32::<16>(high));
+                _mm512_storeu_si512(to.add(r / 2 * to_step + c).cast(), pairs);
             }
         }
     }
@@ -583,7 +655,7 @@ unsafe fn add_rows<S: Simd>(
 
 /// The table of the tiles, and the functions that look into it.
 macro_rules! kernel {
-    ($level:ident, $features:tt, $mr:tt x $nv:tt, $list:tt, $transpose:path $(, $native:tt if $detected:expr)?) => {
+    ($level:ident, $features:tt, $mr:tt x $nv:tt, $list:tt, $transpose:path, $halves:path $(, $native:tt if $detected:expr)?) => {
         impl Kernel for $level {
             const MR: usize = $mr;
             const NV: usize = $nv;
@@ -638,6 +710,23 @@ macro_rules! kernel {
                     => pair_rows(s, from, from_step, rows, cols, to, to_step, width));
                 // SAFETY: as above.
                 unsafe { pair_rows_fn(self, from, from_step, rows, cols, to, to_step, width) }
+            }
+
+            unsafe fn pair_halves(
+                self,
+                from: *const Bf16,
+                from_step: usize,
+                rows: usize,
+                cols: usize,
+                to: *mut f32,
+                to_step: usize,
+                width: usize,
+            ) {
+                kernel!(@fn $features halves_fn<>
+                    (s: $level, from: *const Bf16, from_step: usize, rows: usize, cols: usize, to: *mut f32, to_step: usize, width: usize)
+                    => $halves(s, from, from_step, rows, cols, to, to_step, width));
+                // SAFETY: as above.
+                unsafe { halves_fn(self, from, from_step, rows, cols, to, to_step, width) }
             }
 
             unsafe fn pair_cols(
@@ -769,12 +858,12 @@ macro_rules! kernel {
 
 #[cfg(target_arch = "x86_64")]
 kernel!(Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", 12 x 2, [1 2 3 4 5 6 7 8 9 10 11 12],
-    super::transpose::avx512,
+    super::transpose::avx512, masked_pair_halves,
     "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma" if crate::cpu::simd::has_bf16());
 #[cfg(target_arch = "x86_64")]
-kernel!(Avx2, "avx2,fma", 6 x 2, [1 2 3 4 5 6], super::transpose::avx2);
+kernel!(Avx2, "avx2,fma", 6 x 2, [1 2 3 4 5 6], super::transpose::avx2, pair_halves);
 // eight lanes are two registers of SSE2 or NEON, which have 16 and 32
 #[cfg(not(target_arch = "aarch64"))]
-kernel!(Portable, "", 4 x 1, [1 2 3 4], super::transpose::portable);
+kernel!(Portable, "", 4 x 1, [1 2 3 4], super::transpose::portable, pair_halves);
 #[cfg(target_arch = "aarch64")]
-kernel!(Portable, "", 6 x 2, [1 2 3 4 5 6], super::transpose::portable);
+kernel!(Portable, "", 6 x 2, [1 2 3 4 5 6], super::transpose::portable, pair_halves);

@@ -20,6 +20,7 @@ use std::ops::Range;
 
 use super::kernel::{DOT_X, DOT_Y, Dot, Kernel, Start, Tile, WIDE};
 use crate::cpu::threads::{parallel_for, with_scratch};
+use crate::device::Bf16;
 
 /// A matrix: element `(i, j)` at `ptr + i * row + j * col`, where one of the steps is 1.
 #[derive(Clone, Copy)]
@@ -27,11 +28,29 @@ pub(super) struct Operand {
     pub ptr: *const f32,
     pub row: usize,
     pub col: usize,
+    /// Whether `ptr` points to numbers of `bf16`; then only pairs can be made of them.
+    pub narrow: bool,
 }
 
 impl Operand {
     fn at(&self, i: usize, j: usize) -> *const f32 {
-        self.ptr.wrapping_add(i * self.row + j * self.col)
+        let offset = i * self.row + j * self.col;
+        if self.narrow { self.ptr.cast::<Bf16>().wrapping_add(offset).cast() } else { self.ptr.wrapping_add(offset) }
+    }
+
+    /// The `[rows, cols]` of it in `f32`, which lie in `to` in the same order.
+    ///
+    /// # Safety
+    /// They must be `bf16` and valid.
+    unsafe fn widened(&self, rows: usize, cols: usize, to: &mut [f32]) -> Self {
+        let (lines, len, step) = if self.col == 1 { (rows, cols, self.row) } else { (cols, rows, self.col) };
+        for (line, to) in to.chunks_exact_mut(len.max(1)).enumerate().take(lines) {
+            // SAFETY: the caller's promise.
+            let from = unsafe { std::slice::from_raw_parts(self.ptr.cast::<Bf16>().add(line * step), len) };
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32());
+        }
+        let (row, col) = if self.col == 1 { (len, 1) } else { (1, len) };
+        Self { ptr: to.as_ptr(), row, col, narrow: false }
     }
 }
 
@@ -157,6 +176,14 @@ impl Product<'_> {
         }
         self.parallel &= m * n * k >= TASK / 4;
         self.pairs &= m.min(n) > DOT_MOST && k > 1;
+        if !self.pairs && self.a.narrow {
+            // SAFETY: the caller's promise.
+            return with_scratch(m * k, |wide| unsafe { Product { a: self.a.widened(m, k, wide), ..self }.run(s) });
+        }
+        if !self.pairs && self.b.narrow {
+            // SAFETY: the caller's promise.
+            return with_scratch(k * n, |wide| unsafe { Product { b: self.b.widened(k, n, wide), ..self }.run(s) });
+        }
         let (a_along_k, b_along_k) = (self.a.col == 1, self.b.row == 1);
         // SAFETY: the caller's promise.
         unsafe {
@@ -164,13 +191,13 @@ impl Product<'_> {
                 // a column of a wider matrix
                 return with_scratch(k, |row| {
                     (0..k).for_each(|l| row[l] = *self.b.at(l, 0));
-                    Product { b: Operand { ptr: row.as_ptr(), row: 1, col: 1 }, ..self }.dots(s)
+                    Product { b: Operand { ptr: row.as_ptr(), row: 1, col: 1, narrow: false }, ..self }.dots(s)
                 });
             }
             if b_along_k && m == 1 && !a_along_k {
                 return with_scratch(k, |row| {
                     (0..k).for_each(|l| row[l] = *self.a.at(0, l));
-                    Product { a: Operand { ptr: row.as_ptr(), row: 1, col: 1 }, ..self }.dots(s)
+                    Product { a: Operand { ptr: row.as_ptr(), row: 1, col: 1, narrow: false }, ..self }.dots(s)
                 });
             }
             if a_along_k && b_along_k && m.min(n) <= DOT_MOST {
@@ -205,7 +232,7 @@ impl Product<'_> {
 
     /// `c^T = start + b^T a^T`
     fn transposed(self) -> Self {
-        let transpose = |x: Operand| Operand { ptr: x.ptr, row: x.col, col: x.row };
+        let transpose = |x: Operand| Operand { row: x.col, col: x.row, ..x };
         let (i, j) = self.origin;
         Self {
             m: self.n,
@@ -223,7 +250,8 @@ impl Product<'_> {
         let lanes = |x: usize| x.next_multiple_of(K::LANES);
         // packing a along k costs as much as eight multiplications per element
         let packing = if self.a.col == 1 { K::LANES / 2 } else { 1 };
-        self.k >= 64 && self.n * lanes(self.m) + packing * self.m < self.m * lanes(self.n)
+        // storing tiles across costs some percent, and what follows a product comes to them later
+        self.k >= 64 && self.n * lanes(self.m) + packing * self.m < self.m * lanes(self.n) / 16 * 15
     }
 
     /// Elements of a packed panel for so many steps of `k`.
@@ -297,7 +325,7 @@ impl Product<'_> {
                         let whole = width(p).next_multiple_of(K::LANES);
                         let to = to.skip(p, self.packed_steps(d)).ptr;
                         // SAFETY: each row of a panel is written by one task.
-                        unsafe { self.copy(s, from, self.b.row, rows, width(p), to, K::NR, whole) };
+                        unsafe { self.copy(s, self.b.narrow, from, self.b.row, rows, width(p), to, K::NR, whole) };
                     }
                 }
             });
@@ -309,18 +337,22 @@ impl Product<'_> {
                         let from = self.b.at(k.start, columns.start + p * K::NR + v);
                         let rows = (width(p) - v).min(K::LANES);
                         // SAFETY: each panel is written by one task.
-                        unsafe { self.transpose(s, from, self.b.col, rows, k.len(), to.skip(p, 0).ptr.add(v), K::NR) };
+                        unsafe {
+                            let to = to.skip(p, 0).ptr.add(v);
+                            self.transpose(s, self.b.narrow, from, self.b.col, rows, k.len(), to, K::NR)
+                        };
                     }
                 }
             });
         }
     }
 
-    /// [`Kernel::copy`], or as pairs of rows.
+    /// [`Kernel::copy`], or as pairs of rows, which may be `narrow`.
     #[allow(clippy::too_many_arguments)]
     unsafe fn copy<K: Kernel>(
         &self,
         s: K,
+        narrow: bool,
         from: *const f32,
         from_step: usize,
         rows: usize,
@@ -331,7 +363,9 @@ impl Product<'_> {
     ) {
         // SAFETY: the caller's promise.
         unsafe {
-            if self.pairs {
+            if narrow {
+                s.pair_halves(from.cast(), from_step, rows, cols, to, to_step, width)
+            } else if self.pairs {
                 s.pair_rows(from, from_step, rows, cols, to, to_step, width)
             } else {
                 s.copy(from, from_step, rows, cols, to, to_step, width)
@@ -339,11 +373,12 @@ impl Product<'_> {
         }
     }
 
-    /// [`Kernel::transpose`] of at most [`Kernel::LANES`] rows, or of their pairs of columns.
+    /// [`Kernel::transpose`] of at most [`Kernel::LANES`] rows, or of their pairs of columns, which may be `narrow`.
     #[allow(clippy::too_many_arguments)]
     unsafe fn transpose<K: Kernel>(
         &self,
         s: K,
+        narrow: bool,
         from: *const f32,
         from_step: usize,
         rows: usize,
@@ -356,12 +391,24 @@ impl Product<'_> {
             if !self.pairs {
                 return s.transpose(from, from_step, rows, cols, to, to_step);
             }
+            if narrow && from_step.is_multiple_of(2) && cols.is_multiple_of(2) && from.is_aligned() {
+                // neighbours are pairs as they lie
+                return s.transpose(from, from_step / 2, rows, cols / 2, to, to_step);
+            }
             const { assert!(K::LANES * PAIRED_COLS / 2 <= ON_STACK) };
             let mut stack = Stack([MaybeUninit::uninit(); ON_STACK]);
             let paired = stack.0.as_mut_ptr().cast::<f32>();
             for c in (0..cols).step_by(PAIRED_COLS) {
                 let n = (cols - c).min(PAIRED_COLS);
-                s.pair_cols(from.add(c), from_step, rows, n, paired, PAIRED_COLS / 2);
+                if narrow {
+                    for r in 0..rows {
+                        let (from, to) = (from.cast::<Bf16>().add(r * from_step + c), paired.add(r * PAIRED_COLS / 2));
+                        to.add(n / 2).write(0.0);
+                        from.copy_to_nonoverlapping(to.cast(), n);
+                    }
+                } else {
+                    s.pair_cols(from.add(c), from_step, rows, n, paired, PAIRED_COLS / 2);
+                }
                 s.transpose(paired, PAIRED_COLS / 2, rows, n.div_ceil(2), to.add(c / 2 * to_step), to_step);
             }
         }
@@ -382,7 +429,39 @@ impl Product<'_> {
                 }
             }
         }
-        let down = self.m.div_ceil(mc);
+        // pairs that several tasks read are made once for all of them; a mere copy is as cheap again from where it lies
+        if columns.len() <= nc || !self.pairs {
+            // SAFETY: the caller's promise.
+            return unsafe { self.deal(s, None, b, k, 0..self.m, columns, (mc, nc)) };
+        }
+        let panel = K::MR * self.packed_steps(k.len()) + K::LANES;
+        let most = (CHUNK / self.packed_steps(k.len()).max(1)).max(mc) / mc * mc;
+        for first in (0..self.m).step_by(most) {
+            let rows = first..(first + most).min(self.m);
+            with_aligned(rows.len().div_ceil(K::MR) * panel, |ptr| {
+                let a = PanelsOfA { ptr, panel, step: K::MR, along_k: false };
+                // SAFETY: the buffer holds these rows.
+                unsafe {
+                    self.pack_all_of_a(s, ptr, panel, k.clone(), rows.clone());
+                    self.deal(s, Some(a), b, k.clone(), rows.clone(), columns.clone(), (mc, nc));
+                }
+            });
+        }
+    }
+
+    /// Deals tasks of `mc` rows and `nc` columns of these to the threads.
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn deal<K: Kernel>(
+        &self,
+        s: K,
+        a: Option<PanelsOfA>,
+        b: Panels,
+        k: Range<usize>,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        (mc, nc): (usize, usize),
+    ) {
+        let down = rows.len().div_ceil(mc);
         let across = columns.len().div_ceil(nc);
         // A thread of a team meets the rows of the result again that it has in its caches from what made a, and will have for
         // what reads c: tasks go through some rows, by blocks of columns of b, before the next rows.
@@ -391,19 +470,34 @@ impl Product<'_> {
             let group = task / (together * across);
             let height = together.min(down - group * together);
             let within = task - group * together * across;
-            let rows = piece(group * together + within % height, mc, self.m);
+            let i = piece(group * together + within % height, mc, rows.len());
             let j = piece(within / height, nc, columns.len());
-            let b = b.skip(j.start / K::NR, 0);
+            let (a, b) = (a.map(|a| a.skip(i.start / K::MR, 0)), b.skip(j.start / K::NR, 0));
+            let (rows, columns) =
+                (rows.start + i.start..rows.start + i.end, columns.start + j.start..columns.start + j.end);
             // SAFETY: the tasks' tiles differ.
-            unsafe { self.block(s, b, k.clone(), rows, columns.start + j.start..columns.start + j.end) }
+            unsafe { self.block(s, a, b, k.clone(), rows, columns) }
         });
     }
 
-    /// One task: a block of the result.
-    unsafe fn block<K: Kernel>(&self, s: K, b: Panels, k: Range<usize>, rows: Range<usize>, columns: Range<usize>) {
+    /// Whether a is packed for so many columns of the result.
+    fn packs_a(&self, columns: usize) -> bool {
+        columns > PACK_A_COLS || self.pairs
+    }
+
+    /// One task: a block of the result. Packs its rows of a if that pays and is not done.
+    unsafe fn block<K: Kernel>(
+        &self,
+        s: K,
+        a: Option<PanelsOfA>,
+        b: Panels,
+        k: Range<usize>,
+        rows: Range<usize>,
+        columns: Range<usize>,
+    ) {
         let pieces = self.packed_steps(k.len()).div_ceil(KC).max(1);
         let kc = k.len().div_ceil(pieces).next_multiple_of(4);
-        let packed = columns.len() > PACK_A_COLS || self.pairs;
+        let packs = a.is_none() && self.packs_a(columns.len());
         let body = |buffer: *mut f32| {
             for i in 0..pieces {
                 let depth = piece(i, kc, k.len());
@@ -412,22 +506,77 @@ impl Product<'_> {
                 let b = b.skip(0, self.packed_steps(depth.start));
                 // SAFETY: the buffer holds the rows of a to this depth.
                 unsafe {
-                    let a = if packed {
-                        let panel = K::MR * self.packed_steps(depth.len()) + K::LANES;
-                        self.pack_a(s, buffer, panel, first..first + depth.len(), rows.clone());
-                        PanelsOfA { ptr: buffer, panel, step: K::MR, along_k: false }
-                    } else {
-                        self.a_in_place::<K>(rows.start, first)
+                    let a = match a {
+                        Some(a) => a.skip(0, self.packed_steps(depth.start)),
+                        None if packs => {
+                            let panel = K::MR * self.packed_steps(depth.len()) + K::LANES;
+                            self.pack_a(s, buffer, panel, first..first + depth.len(), rows.clone());
+                            PanelsOfA { ptr: buffer, panel, step: K::MR, along_k: false }
+                        }
+                        None => self.a_in_place::<K>(rows.start, first),
                     };
                     let last = first + depth.len() == self.k;
                     self.tiles(s, a, b, depth.len(), rows.clone(), columns.clone(), start, last);
                 }
             }
         };
-        if packed {
+        if packs {
             with_aligned(rows.len().div_ceil(K::MR) * (K::MR * kc + K::LANES), body)
         } else {
             body(std::ptr::null_mut())
+        }
+    }
+
+    /// [`Product::pack_a`] by all threads.
+    unsafe fn pack_all_of_a<K: Kernel>(&self, s: K, to: *mut f32, panel: usize, k: Range<usize>, rows: Range<usize>) {
+        let to = Panels { ptr: to, panel, step: K::MR };
+        if self.a.col == 1 {
+            let panels = rows.len().div_ceil(K::MR);
+            let per_task = (TASK / 32 / (K::MR * k.len()).max(1)).clamp(1, panels);
+            for_each(self.parallel, panels.div_ceil(per_task), |task| {
+                let i = piece(task, per_task * K::MR, rows.len());
+                let (to, rows) = (to.skip(task * per_task, 0).ptr, rows.start + i.start..rows.start + i.end);
+                // SAFETY: each panel is written by one task.
+                unsafe { self.pack_a(s, to, panel, k.clone(), rows) };
+            });
+        } else {
+            let per_task = (TASK / 32 / rows.len()).max(1).next_multiple_of(PACK_ROWS);
+            for_each(self.parallel, k.len().div_ceil(per_task), |task| {
+                let depth = piece(task, per_task, k.len());
+                let to = to.skip(0, self.packed_steps(depth.start)).ptr;
+                // SAFETY: each step of each panel is written by one task.
+                unsafe { self.pack_across(s, to, panel, k.start + depth.start..k.start + depth.end, rows.clone()) };
+            });
+        }
+    }
+
+    /// [`Product::pack_a`] of rows that lie across `k`, without spilling past the last step.
+    unsafe fn pack_across<K: Kernel>(&self, s: K, to: *mut f32, panel: usize, k: Range<usize>, rows: Range<usize>) {
+        const { assert!(K::MR.next_multiple_of(K::LANES) <= ON_STACK) };
+        let mut stack = Stack([MaybeUninit::uninit(); ON_STACK]);
+        let spilled = stack.0.as_mut_ptr().cast::<f32>();
+        let width = K::MR.next_multiple_of(K::LANES);
+        // the last step, one or two rows
+        let rest = if self.pairs && k.len().is_multiple_of(2) { 2 } else { 1 };
+        for d in (0..k.len()).step_by(PACK_ROWS) {
+            let depth = (k.len() - d).min(PACK_ROWS);
+            let ends = d + depth == k.len();
+            let free = if ends { depth - rest } else { depth };
+            for (p, i) in rows.clone().step_by(K::MR).enumerate() {
+                let height = (rows.end - i).min(K::MR);
+                let whole = height.next_multiple_of(K::LANES);
+                // SAFETY: what a row spills past its end is written again by the next; the last one spills on the stack.
+                unsafe {
+                    let to = to.add(p * panel + self.packed_steps(d) * K::MR);
+                    let from = self.a.at(i, k.start + d);
+                    self.copy(s, self.a.narrow, from, self.a.col, free, height, to, K::MR, whole);
+                    if ends {
+                        let from = self.a.at(i, k.start + d + free);
+                        self.copy(s, self.a.narrow, from, self.a.col, rest, height, spilled, width, whole);
+                        spilled.copy_to_nonoverlapping(to.add(self.packed_steps(free) * K::MR), K::MR);
+                    }
+                }
+            }
         }
     }
 
@@ -451,14 +600,15 @@ impl Product<'_> {
                 let height = (rows.end - i).min(K::MR);
                 // SAFETY: what a row spills past its end is written again by the next, or room.
                 unsafe {
-                    let (from, to) = (self.a.at(i, k.start + d), to.add(p * panel + self.packed_steps(d) * K::MR));
+                    let to = to.add(p * panel + self.packed_steps(d) * K::MR);
                     if along_k {
                         for v in (0..height).step_by(K::LANES) {
-                            let rows = (height - v).min(K::LANES);
-                            self.transpose(s, from.add(v * self.a.row), self.a.row, rows, depth, to.add(v), K::MR);
+                            let (from, rows) = (self.a.at(i + v, k.start + d), (height - v).min(K::LANES));
+                            self.transpose(s, self.a.narrow, from, self.a.row, rows, depth, to.add(v), K::MR);
                         }
                     } else {
-                        self.copy(s, from, self.a.col, depth, height, to, K::MR, height.next_multiple_of(K::LANES));
+                        let (from, whole) = (self.a.at(i, k.start + d), height.next_multiple_of(K::LANES));
+                        self.copy(s, self.a.narrow, from, self.a.col, depth, height, to, K::MR, whole);
                     }
                 }
             }
@@ -633,4 +783,16 @@ struct PanelsOfA {
     panel: usize,
     step: usize,
     along_k: bool,
+}
+
+// SAFETY: written before the tasks that read them.
+unsafe impl Send for PanelsOfA {}
+// SAFETY: as above.
+unsafe impl Sync for PanelsOfA {}
+
+impl PanelsOfA {
+    /// Packed panels, from `panel` on, from step `k` on.
+    fn skip(self, panel: usize, k: usize) -> Self {
+        Self { ptr: self.ptr.wrapping_add(panel * self.panel + k * self.step), ..self }
+    }
 }

@@ -6,7 +6,7 @@
 //! state. The backward pass runs the scan the other way. So few sequences and heads keep all threads busy too.
 
 use super::{Decay, Dims, Keys, Queries, forward_block, gradient_block, part, part_mut};
-use crate::cpu::attention::block::{BLOCK, ONES, pack, pack_transposed, padded, product, view, with_pieces};
+use crate::cpu::attention::block::{BLOCK, Factors, ONES, pack, pack_transposed, padded, product, view, with_pieces};
 use crate::cpu::matmul::Mat;
 use crate::cpu::threads::{parallel_for, parallel_ranges, with_scratch};
 use crate::rows::SharedSlice;
@@ -133,7 +133,7 @@ fn results(decay: Decay, first: usize, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, be
             product(y, a, view(state, width, 0..key_dim, 0..width), false);
         }
         let (qt, v) = (view(qt, BLOCK, 0..key_dim, 0..lanes), view(packed, width, 0..len, 0..width));
-        forward_block(qt, k, v, true, p, |_| (), y, before.is_some());
+        forward_block(Factors::Single, qt, k, v, true, p, |_| (), y, before.is_some());
     });
 }
 
@@ -290,7 +290,7 @@ impl Chunk<'_> {
                 v: view(v, value_width, 0..len, 0..value_dim),
             };
             let (dq, dkv) = ((dq, self.before.is_some()), (dk, dv, self.after.is_some()));
-            gradient_block(from_queries, from_keys, true, [p, ds], dq, dkv);
+            gradient_block(Factors::Single, from_queries, from_keys, true, [p, ds], dq, dkv);
         });
     }
 }

@@ -20,7 +20,7 @@ pub use chunk::{chunk_backward, chunk_forward, chunk_states_len};
 pub use extend::extend;
 pub use parallel::{parallel_backward, parallel_forward};
 
-use crate::cpu::attention::block::{BLOCK, STRIP, product, view, view_mut};
+use crate::cpu::attention::block::{BLOCK, Factors, STRIP, view, view_mut};
 use crate::cpu::matmul::Mat;
 use crate::{Rows, RowsMut, simd_fn};
 
@@ -112,6 +112,7 @@ impl Decay {
 /// on the diagonal, masked. Leaves the scores in `p`, `[keys, lanes]`, by way of `scores` before they are used.
 #[allow(clippy::too_many_arguments)] // operands and where they are
 fn forward_block(
+    factors: Factors,
     qt: Rows<'_>,
     k: Rows<'_>,
     v: Rows<'_>,
@@ -122,7 +123,7 @@ fn forward_block(
     accumulate: bool,
 ) {
     let (keys, queries) = (k.rows(), out.rows());
-    score_block(qt, k, on_diagonal, p);
+    score_block(factors, qt, k, on_diagonal, p);
     scores(p);
     let step = if on_diagonal { STRIP } else { BLOCK };
     for i in (0..queries).step_by(step) {
@@ -131,25 +132,25 @@ fn forward_block(
         let a = Mat::Transposed(view(p, BLOCK, 0..keys, i..end));
         // SAFETY: exclusively borrowed; one part at a time.
         let out = unsafe { out.shared_block(i..end, 0..out.cols()) };
-        product(out, a, v.slice_rows(0, keys), accumulate);
+        factors.product(out, a, factors.steps(v, 0..keys), accumulate);
     }
 }
 
 /// `p = k qt`, on the diagonal without what lies above.
-fn score_block(qt: Rows<'_>, k: Rows<'_>, on_diagonal: bool, p: &mut [f32]) {
+fn score_block(factors: Factors, qt: Rows<'_>, k: Rows<'_>, on_diagonal: bool, p: &mut [f32]) {
     let (keys, lanes) = (k.rows(), qt.cols());
     let step = if on_diagonal { STRIP } else { BLOCK };
     for j in (0..keys).step_by(step).map(|j| j..(j + step).min(keys)) {
         let first = if on_diagonal { j.start } else { 0 };
         let a = Mat::Normal(k.slice_rows(j.start, j.end));
-        product(view_mut(p, BLOCK, j, first..lanes), a, qt.slice_cols(first, lanes), false);
+        factors.product(view_mut(p, BLOCK, j, first..lanes), a, qt.slice_cols(first, lanes), false);
     }
     if on_diagonal {
         mask_diagonal(p, keys, lanes);
     }
 }
 
-/// What a block of queries brings to its backward pass; all packed.
+/// What a block of queries brings to its backward pass; all packed, as right operands.
 #[derive(Clone, Copy)]
 struct Queries<'a> {
     /// `[key_dim, lanes]`
@@ -165,16 +166,17 @@ struct Queries<'a> {
 /// What a block of keys brings.
 #[derive(Clone, Copy)]
 struct Keys<'a> {
-    /// With the weights of the keys; `[keys, key_dim]`
+    /// With the weights of the keys, a left operand; `[keys, key_dim]`
     weighted: Rows<'a>,
-    /// Packed, without weights.
+    /// Packed as a right operand, without weights.
     plain: Rows<'a>,
-    /// Values with the weights of the keys; `[keys, value_dim]`
+    /// Values with the weights of the keys, a left operand; `[keys, value_dim]`
     v: Rows<'a>,
 }
 
 /// The gradients that a pair of blocks contributes; `p` and `ds` are scratch memory of `BLOCK * BLOCK` each.
 fn gradient_block(
+    factors: Factors,
     from: Queries<'_>,
     keys: Keys<'_>,
     on_diagonal: bool,
@@ -183,8 +185,8 @@ fn gradient_block(
     (dk, dv, add_dkv): (RowsMut<'_>, RowsMut<'_>, bool),
 ) {
     let (key_count, query_count) = (dk.rows(), dq.rows());
-    score_block(from.qt, keys.weighted, on_diagonal, p);
-    score_block(from.dyt, keys.v, on_diagonal, ds);
+    score_block(factors, from.qt, keys.weighted, on_diagonal, p);
+    score_block(factors, from.dyt, keys.v, on_diagonal, ds);
     let step = if on_diagonal { STRIP } else { BLOCK };
     for j in (0..key_count).step_by(step).map(|j| j..(j + step).min(key_count)) {
         let i = if on_diagonal { j.start } else { 0 }..query_count;
@@ -192,7 +194,7 @@ fn gradient_block(
             // SAFETY: exclusively borrowed; one part at a time.
             let gradient = unsafe { gradient.shared_block(j.clone(), 0..gradient.cols()) };
             let a = Mat::Normal(view(weights, BLOCK, j.clone(), i.clone()));
-            product(gradient, a, x.slice_rows(i.start, i.end), add_dkv);
+            factors.product(gradient, a, factors.steps(x, i.clone()), add_dkv);
         }
     }
     for i in (0..query_count).step_by(step).map(|i| i..(i + step).min(query_count)) {
@@ -200,7 +202,7 @@ fn gradient_block(
         // SAFETY: as above.
         let gradient = unsafe { dq.shared_block(i.clone(), 0..dq.cols()) };
         let a = Mat::Transposed(view(ds, BLOCK, 0..key_count, i));
-        product(gradient, a, keys.plain.slice_rows(0, key_count), add_dq);
+        factors.product(gradient, a, factors.steps(keys.plain, 0..key_count), add_dq);
     }
 }
 

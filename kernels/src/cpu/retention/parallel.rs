@@ -2,7 +2,7 @@
 
 use super::{Decay, Dims, Keys, Queries, add_absolutes, forward_block, gradient_block, part, part_mut};
 use crate::cpu::attention::block::{
-    BLOCK, ONES, key_splits, pack, pack_transposed, padded, split_of, sum_splits, view, view_mut, with_pieces,
+    BLOCK, Factors, ONES, key_splits, pack, padded, split_of, sum_splits, view, view_mut, with_pieces,
 };
 use crate::cpu::threads::{parallel_ranges, with_scratch};
 use crate::rows::SharedSlice;
@@ -20,7 +20,15 @@ fn first_key(decay: Decay, first: usize) -> usize {
 /// Parallel retention, `y_i = sum over j <= i of a_ij v_j / n_i` as in the [module](super).
 ///
 /// `normalizer` `[batch, heads, time]` receives `n_i`, which [`parallel_backward`] needs.
-pub fn parallel_forward(dims: Dims, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, y: RowsMut<'_>, normalizer: &mut [f32]) {
+pub fn parallel_forward(
+    dims: Dims,
+    factors: Factors,
+    q: Rows<'_>,
+    k: Rows<'_>,
+    v: Rows<'_>,
+    y: RowsMut<'_>,
+    normalizer: &mut [f32],
+) {
     dims.check(&[q, k], &[v, y.as_rows()]);
     assert_eq!(normalizer.len(), dims.pairs() * dims.time);
     let Dims { time, heads, key_dim, value_dim, .. } = dims;
@@ -37,13 +45,14 @@ pub fn parallel_forward(dims: Dims, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, y: Ro
             let (y, normalizer) = unsafe {
                 (part_mut(&y, dims, pair, value_dim, from..to), normalizer.range(pair * time + from..pair * time + to))
             };
-            query_block(Decay::new(pair % heads), from, q.slice_rows(from, to), k, v, y, normalizer);
+            query_block(factors, Decay::new(pair % heads), from, q.slice_rows(from, to), k, v, y, normalizer);
         }
     });
 }
 
 /// The queries from token `first` on, which are the last that `k` and `v` have.
 fn query_block(
+    factors: Factors,
     decay: Decay,
     first: usize,
     q: Rows<'_>,
@@ -63,19 +72,19 @@ fn query_block(
         for (i, weight) in query_weight.iter_mut().enumerate() {
             *weight = (decay.power(i as f64) / decay.mass(first + i).sqrt()) as f32;
         }
-        pack_transposed(qt, BLOCK, q, query_weight);
-        let qt = view(qt, BLOCK, 0..key_dim, 0..lanes);
+        factors.pack_transposed(qt, BLOCK, q, query_weight);
+        let qt = factors.packed(qt, BLOCK, key_dim, lanes);
         norm.fill(0.0);
         let start = first_key(decay, first);
         for from in (start..=first).step_by(BLOCK) {
             let on_diagonal = from == first;
             let to = (from + BLOCK).min(k.rows());
             set_key_weights(decay, first - from, rising, key_weight);
-            pack(packed, width, v.slice_rows(from, to), key_weight);
+            factors.pack(packed, width, v.slice_rows(from, to), key_weight);
             let scores = |p: &[f32]| add_absolutes(p, to - from, lanes, on_diagonal, key_weight, norm);
             let sum = view_mut(sum, width, 0..queries, 0..width);
-            let v = view(packed, width, 0..to - from, 0..width);
-            forward_block(qt, k.slice_rows(from, to), v, on_diagonal, p, scores, sum, from > start);
+            let v = factors.packed(packed, width, to - from, width);
+            forward_block(factors, qt, k.slice_rows(from, to), v, on_diagonal, p, scores, sum, from > start);
         }
         for i in 0..queries {
             normalizer[i] = norm[i].clamp(1.0, 5e4);
@@ -99,6 +108,7 @@ fn set_key_weights(decay: Decay, lag: usize, rising: &[f32], weights: &mut [f32]
 #[allow(clippy::too_many_arguments)] // one for each tensor
 pub fn parallel_backward(
     dims: Dims,
+    factors: Factors,
     q: Rows<'_>,
     k: Rows<'_>,
     v: Rows<'_>,
@@ -133,6 +143,7 @@ pub fn parallel_backward(
                     (dq, part_mut(&dk, dims, pair, key_dim, 0..time), part_mut(&dv, dims, pair, value_dim, 0..time))
                 };
                 let pair = Pair {
+                    factors,
                     decay: Decay::new(pair % heads),
                     q: part(q, dims, pair, key_dim),
                     k: part(k, dims, pair, key_dim),
@@ -153,6 +164,7 @@ pub fn parallel_backward(
 
 /// One head of one sequence.
 struct Pair<'a> {
+    factors: Factors,
     decay: Decay,
     q: Rows<'a>,
     k: Rows<'a>,
@@ -163,7 +175,7 @@ struct Pair<'a> {
 
 impl Pair<'_> {
     fn backward(&self, split: usize, splits: usize, mut dq: RowsMut<'_>, dk: &RowsMut<'_>, dv: &RowsMut<'_>) {
-        let decay = self.decay;
+        let (factors, decay) = (self.factors, self.decay);
         let (time, key_dim, value_dim) = (self.q.rows(), self.q.cols(), self.v.cols());
         let (key_width, value_width) = (padded(key_dim), padded(value_dim));
         let memory = (key_dim + value_dim + 2 * BLOCK + 3 * key_width + 2 * value_width + 3) * BLOCK;
@@ -183,15 +195,15 @@ impl Pair<'_> {
                     *weight = (decay.power(i as f64) / norm) as f32;
                 }
                 let (q_rows, dy_rows) = (self.q.slice_rows(first, last), self.dy.slice_rows(first, last));
-                pack_transposed(qt, BLOCK, q_rows, &ONES);
-                pack_transposed(dyt, BLOCK, dy_rows, query_weight);
-                pack(q, key_width, q_rows, &ONES);
-                pack(dy, value_width, dy_rows, query_weight);
+                factors.pack_transposed(qt, BLOCK, q_rows, &ONES);
+                factors.pack_transposed(dyt, BLOCK, dy_rows, query_weight);
+                factors.pack(q, key_width, q_rows, &ONES);
+                factors.pack(dy, value_width, dy_rows, query_weight);
                 let from_queries = Queries {
-                    qt: view(qt, BLOCK, 0..key_dim, 0..lanes),
-                    q: view(q, key_width, 0..queries, 0..key_width),
-                    dyt: view(dyt, BLOCK, 0..value_dim, 0..lanes),
-                    dy: view(dy, value_width, 0..queries, 0..value_width),
+                    qt: factors.packed(qt, BLOCK, key_dim, lanes),
+                    q: factors.packed(q, key_width, queries, key_width),
+                    dyt: factors.packed(dyt, BLOCK, value_dim, lanes),
+                    dy: factors.packed(dy, value_width, queries, value_width),
                 };
 
                 let mut is_first = true;
@@ -203,11 +215,11 @@ impl Pair<'_> {
                     set_key_weights(decay, first - from, rising, key_weight);
                     let (k_rows, v_rows) = (self.k.slice_rows(from, to), self.v.slice_rows(from, to));
                     pack(weighted, key_width, k_rows, key_weight);
-                    pack(plain, key_width, k_rows, &ONES);
+                    factors.pack(plain, key_width, k_rows, &ONES);
                     pack(v, value_width, v_rows, key_weight);
                     let from_keys = Keys {
                         weighted: view(weighted, key_width, 0..keys, 0..key_dim),
-                        plain: view(plain, key_width, 0..keys, 0..key_width),
+                        plain: factors.packed(plain, key_width, keys, key_width),
                         v: view(v, value_width, 0..keys, 0..value_dim),
                     };
                     // SAFETY: this task owns these keys, and nobody else writes this `dq`.
@@ -220,7 +232,15 @@ impl Pair<'_> {
                     };
                     // the block on the diagonal is the first that adds to these keys
                     let keys_to = (dk, dv, !on_diagonal);
-                    gradient_block(from_queries, from_keys, on_diagonal, [&mut *p, &mut *ds], (dq, !is_first), keys_to);
+                    gradient_block(
+                        factors,
+                        from_queries,
+                        from_keys,
+                        on_diagonal,
+                        [&mut *p, &mut *ds],
+                        (dq, !is_first),
+                        keys_to,
+                    );
                     is_first = false;
                 }
                 if is_first {
