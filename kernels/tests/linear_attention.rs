@@ -3,6 +3,7 @@ mod golden;
 
 use dataflow_kernels::cpu::team::Team;
 use dataflow_kernels::cpu::{gla::*, wkv::*};
+use dataflow_kernels::device::Bf16;
 use dataflow_kernels::{Rows, RowsMut};
 use golden::{assert_close, cases};
 
@@ -86,7 +87,17 @@ fn run_wkv(n: Size, [r, k, v, decay, bonus, dy]: [&[f32]; 6]) -> Vec<Vec<f32>> {
         n.b,
         &kept,
     );
+    let mut rounded = [0; 3].map(|_| vec![Bf16::default(); n.b * n.t * width]);
+    let [gr, gk, gv] = rounded.each_mut().map(|x| RowsMut::contiguous(x, width));
+    let (mut unused, mut other) = (vec![0.0; n.h], vec![0.0; n.h]);
+    let (dy, r, k, v) = (dy.rows(), r.rows(), k.rows(), v.rows());
+    wkv_backward(gr, gk, gv, &mut unused, &mut other, dy, r, k, v, decay, bonus, n.b, &kept);
+    assert!(rounded.iter().zip([&dr, &dk, &dv]).all(|(x, y)| is_rounded(x, &y.dense())), "gradients in bf16");
     vec![y.dense(), dr.dense(), dk.dense(), dv.dense(), d_decay, d_bonus]
+}
+
+fn is_rounded(narrow: &[Bf16], whole: &[f32]) -> bool {
+    narrow.iter().zip(whole).all(|(x, y)| *x == Bf16::from_f32(*y))
 }
 
 /// `[y, dq, dk, dv, d_log_gate]`
@@ -112,6 +123,14 @@ fn run_gla(n: Size, [q, k, v, g, dy]: [&[f32]; 5]) -> Vec<Vec<f32>> {
         n.h,
         &kept,
     );
+    let (keys, values) = (n.b * n.t * n.h * n.dk, n.b * n.t * n.h * n.dv);
+    let mut rounded = [keys, keys, values, keys].map(|len| vec![Bf16::default(); len]);
+    let [gq, gk, gv, gg] = &mut rounded;
+    let [gq, gk, gg] = [gq, gk, gg].map(|x| RowsMut::contiguous(x, n.h * n.dk));
+    let gv = RowsMut::contiguous(gv, n.h * n.dv);
+    let (dy, q, k, v, g) = (dy.rows(), q.rows(), k.rows(), v.rows(), g.rows());
+    gla_backward(gq, gk, gv, gg, dy, q, k, v, g, None, n.b, n.h, &kept);
+    assert!(rounded.iter().zip([&dq, &dk, &dv, &dg]).all(|(x, y)| is_rounded(x, &y.dense())), "gradients in bf16");
     vec![y.dense(), dq.dense(), dk.dense(), dv.dense(), dg.dense()]
 }
 

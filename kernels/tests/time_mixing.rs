@@ -2,8 +2,10 @@
 mod golden;
 
 use dataflow_kernels::cpu::conv1d::{self, Conv};
+use dataflow_kernels::cpu::output::Output;
 use dataflow_kernels::cpu::team::Team;
 use dataflow_kernels::cpu::token_shift;
+use dataflow_kernels::device::Bf16;
 use dataflow_kernels::{Rows, RowsMut};
 use golden::{assert_close, cases};
 
@@ -71,9 +73,14 @@ impl Mix {
         let x = Rows::contiguous(&self.x, cols);
         let mixes: Vec<&[f32]> = self.mixes.iter().map(|m| &m[..]).collect();
         let mut ys = vec![vec![f32::NAN; self.x.len()]; mixes.len()];
-        let mut outputs: Vec<RowsMut<'_>> = ys.iter_mut().map(|y| RowsMut::contiguous(y, cols)).collect();
+        let mut outputs: Vec<Output<'_>> = ys.iter_mut().map(|y| RowsMut::contiguous(y, cols).into()).collect();
         let state = self.state.as_ref().map(|s| Rows::contiguous(s, cols));
         token_shift::mix_forward(x, len, state, &mixes, &mut outputs);
+        let mut rounded = vec![vec![Bf16::default(); self.x.len()]; mixes.len()];
+        let mut outputs: Vec<Output<'_>> = rounded.iter_mut().map(|y| RowsMut::contiguous(y, cols).into()).collect();
+        token_shift::mix_forward(x, len, state, &mixes, &mut outputs);
+        let pairs = || rounded.iter().flatten().zip(ys.iter().flatten());
+        assert!(pairs().all(|(a, b)| *a == Bf16::from_f32(*b)), "{cols} columns in bf16");
         let dys: Vec<Rows<'_>> = self.dys.iter().map(|d| Rows::contiguous(d, cols)).collect();
         let mut dx = vec![f32::NAN; self.x.len()];
         let mut dmixes = vec![vec![f32::NAN; cols]; mixes.len()];

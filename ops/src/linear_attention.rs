@@ -218,7 +218,7 @@ impl Op for WkvGradient {
             }
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (r, k, v, decay, bonus) = (a.rows(0), a.rows(1), a.rows(2), a.slice(3), a.slice(4));
-                let (dr, dk, dv) = (a.rows_mut(0), a.rows_mut(1), a.rows_mut(2));
+                let (dr, dk, dv) = (a.output(0), a.output(1), a.output(2));
                 let (d_decay, d_bonus) = (a.slice_mut(3), a.slice_mut(4));
                 let (kept, dy) = (a.slice(5), a.rows(6));
                 wkv::wkv_backward(dr, dk, dv, d_decay, d_bonus, dy, r, k, v, decay, bonus, batch, kept);
@@ -228,6 +228,9 @@ impl Op for WkvGradient {
     }
     fn activations(&self, _: usize) -> Activations {
         Activations::new([0, 1, 2, 6], 0..3)
+    }
+    fn rounds(&self, _: usize) -> Activations {
+        Activations::new([], 0..3)
     }
     fn strided(&self) -> bool {
         true
@@ -592,7 +595,7 @@ impl Op for GatedLinearAttentionGradient {
             }
             Target::Cpu => Ok(Kernel::cpu(move |a| {
                 let (q, k, v, gate, kept, dy) = (a.rows(0), a.rows(1), a.rows(2), a.rows(3), a.slice(4), a.rows(5));
-                let (dq, dk, dv, dgate) = (a.rows_mut(0), a.rows_mut(1), a.rows_mut(2), a.rows_mut(3));
+                let (dq, dk, dv, dgate) = (a.output(0), a.output(1), a.output(2), a.output(3));
                 gla::gla_backward(dq, dk, dv, dgate, dy, q, k, v, gate, scale, batch, heads, kept);
                 Ok(())
             })),
@@ -600,6 +603,9 @@ impl Op for GatedLinearAttentionGradient {
     }
     fn activations(&self, _: usize) -> Activations {
         Activations::new([0, 1, 2, 3, 5], 0..4)
+    }
+    fn rounds(&self, _: usize) -> Activations {
+        Activations::new([], 0..4)
     }
     fn strided(&self) -> bool {
         true

@@ -113,7 +113,7 @@ impl Factors {
                 if thin {
                     self.few(a, narrow, y);
                 } else {
-                    let (init, (m, n)) = (self.init(a, 0, &mut y), self.factors(a));
+                    let (init, (m, n)) = (self.init(a, 0, Some(&mut y)), self.factors(a));
                     if pairs { matmul_bf16(y, m, n, init) } else { matmul(y, m, n, init) }
                 }
                 Ok(())
@@ -138,18 +138,15 @@ impl Factors {
         let mut kept = then.kept.then(|| a.rows_mut::<f32>(n_outputs));
         let step = bound.step(a, a.inputs() - 1);
         let (inputs, outputs) = (&mut inputs[..n_inputs], &mut outputs[..n_outputs]);
-        let mut holding = match &mut kept {
-            Some(kept) => kept.reborrow(),
-            None => outputs[0].single().expect("the output that holds the product is f32"),
-        };
+        let mut holding = kept.as_mut().map(RowsMut::reborrow).or_else(|| outputs[0].single());
         if let Some(narrow) = few {
-            self.few(a, narrow, holding);
+            self.few(a, narrow, holding.expect("outputs are rounded where factors are, which few rows are not"));
             inputs[then.result] = kept.as_ref().map_or(Operand::InPlace(0), |y| Operand::Full(y.as_rows()));
             bound.compiled.run(inputs, outputs, bound.seed, step);
             return Ok(());
         }
         let holder = if then.kept { n_outputs } else { 0 };
-        let init = self.init(a, holder, &mut holding);
+        let init = self.init(a, holder, holding.as_mut());
         let epilogue =
             matmul::Epilogue { program: &bound.compiled, inputs, result: then.result, outputs, seed: bound.seed, step };
         matmul_then(kept, self.factors(a), init, pairs, epilogue);
@@ -176,11 +173,11 @@ impl Factors {
     }
 
     /// What the product is added to; a base that does not lie in `y`, which is output `holder`, is copied there.
-    fn init<'a>(self, a: &Arguments<'a>, holder: usize, y: &mut RowsMut<'_>) -> Init<'a> {
+    fn init<'a>(self, a: &Arguments<'a>, holder: usize, y: Option<&mut RowsMut<'_>>) -> Init<'a> {
         match self {
             Self::Forward { bias: true } => Init::Bias(a.slice(2)),
             Self::Input { adding: true } => {
-                if a.in_place(holder) != Some(2) {
+                if let (false, Some(y)) = (a.in_place(holder) == Some(2), y) {
                     copy_rows(a.rows(2), y.reborrow());
                 }
                 Init::Accumulate
@@ -245,10 +242,10 @@ impl Op for ProductThen {
     fn products(&self) -> bool {
         true
     }
-    /// All outputs but the one that holds the product's result meanwhile.
+    /// All outputs but one that the product is added to.
     fn rounds(&self, _: usize) -> Activations {
-        let holder = usize::from(!self.epilogue.kept);
-        let outputs = if self.epilogue.updates { 0..0 } else { holder..self.outputs() };
+        let first = usize::from(!self.epilogue.kept && self.factors.adding());
+        let outputs = if self.epilogue.updates { 0..0 } else { first..self.outputs() };
         Activations { outputs: outputs.collect(), ..self.factors.rounds() }
     }
     fn epilogue(&self) -> Option<&Epilogue> {

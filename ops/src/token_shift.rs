@@ -8,6 +8,7 @@ use dataflow_graph::gradient::Gradient;
 use dataflow_graph::op::{Activations, Cost, NodeView, Op, OpError, Recurrent};
 use dataflow_graph::registry::{Info, Registry};
 use dataflow_graph::types::TensorType;
+use dataflow_kernels::cpu::output::Output;
 use dataflow_kernels::cpu::token_shift;
 use dataflow_kernels::cuda::token_shift as cuda;
 use dataflow_kernels::device::{Kernel, Target};
@@ -62,8 +63,9 @@ impl Op for TokenShift {
                     return Ok(());
                 }
                 let mix: [&[f32]; MAX_MIXES] = std::array::from_fn(|j| if j < mixes { a.slice(1 + j) } else { &[] });
-                let mut ys: [RowsMut<'_>; MAX_MIXES] =
-                    std::array::from_fn(|j| if j < mixes { a.rows_mut(j) } else { RowsMut::contiguous(&mut [], 1) });
+                let mut ys: [Output<'_>; MAX_MIXES] = std::array::from_fn(|j| {
+                    if j < mixes { a.output(j) } else { RowsMut::<f32>::contiguous(&mut [], 1).into() }
+                });
                 token_shift::mix_forward(a.rows(0), time, None, &mix[..mixes], &mut ys[..mixes]);
                 Ok(())
             })),
@@ -88,6 +90,7 @@ impl Op for TokenShift {
                     token_shift::forward(x, s.len, Some(last.as_rows()), ys[0].reborrow());
                 } else {
                     let mix: [&[f32]; MAX_MIXES] = std::array::from_fn(|j| flat(&given[1 + j]));
+                    let mut ys = ys.map(Output::from);
                     token_shift::mix_forward(x, s.len, Some(last.as_rows()), &mix[..mixes], &mut ys[..mixes]);
                 }
                 last.row(0).copy_from_slice(x.row(s.len - 1));
@@ -116,6 +119,7 @@ impl Op for TokenShift {
                     return token_shift::forward(given[0], one.len, None, ys[0].reborrow());
                 }
                 let mix: [&[f32]; MAX_MIXES] = std::array::from_fn(|j| flat(&given[1 + j]));
+                let mut ys = ys.map(Output::from);
                 token_shift::mix_forward(given[0], one.len, None, &mix[..mixes], &mut ys[..mixes]);
             },
             move |one, given, _, dys, mut made| {
@@ -132,6 +136,9 @@ impl Op for TokenShift {
     }
     fn activations(&self, inputs: usize) -> Activations {
         Activations::new([0], 0..(inputs - 1).max(1))
+    }
+    fn rounds(&self, inputs: usize) -> Activations {
+        Activations::new([], 0..inputs - 1)
     }
     fn strided(&self) -> bool {
         true

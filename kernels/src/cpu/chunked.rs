@@ -19,9 +19,10 @@
 
 use std::ops::Range;
 
+use super::output::Output;
 use super::simd::Simd;
 use super::threads::with_scratch;
-use crate::{Rows, RowsMut, simd_fn};
+use crate::{Rows, simd_fn};
 
 /// Tokens handled as one block of matrix products.
 pub(super) const CHUNK: usize = 16;
@@ -66,7 +67,8 @@ pub(super) fn block<'a>(m: Rows<'a>, rows: &Range<usize>, cols: &Range<usize>) -
 /// A head's columns are short pieces of rows, in which the hardware's prefetchers find no pattern; and asking for
 /// a whole block at once would fill the queue of outstanding misses and stall as well.
 pub(super) struct Ahead {
-    blocks: [(*const f32, usize, usize, usize); 10],
+    /// The first byte, rows, cache lines of a row, and bytes from one row to the next.
+    blocks: [(*const u8, usize, usize, usize); 10],
     len: usize,
     row: usize,
     line: usize,
@@ -87,11 +89,20 @@ impl Ahead {
     }
 
     /// Adds `rows` of a matrix, where it has such.
-    pub fn add(&mut self, m: Rows<'_>, rows: Range<usize>) {
+    pub fn add<T>(&mut self, m: Rows<'_, T>, rows: Range<usize>) {
         let (start, end) = (rows.start.min(m.rows()), rows.end.min(m.rows()));
         if start < end && self.len < self.blocks.len() {
-            self.blocks[self.len] = (m.row(start).as_ptr(), end - start, m.cols().div_ceil(16), m.stride());
+            let lines = (m.cols() * size_of::<T>()).div_ceil(64);
+            self.blocks[self.len] = (m.row(start).as_ptr().cast(), end - start, lines, m.stride() * size_of::<T>());
             self.len += 1;
+        }
+    }
+
+    /// [`Ahead::add`] of what will be written.
+    pub fn add_output(&mut self, m: &Output<'_>, rows: Range<usize>) {
+        match m {
+            Output::Single(m) => self.add(m.as_rows(), rows),
+            Output::Bf16(m) => self.add(m.as_rows(), rows),
         }
     }
 
@@ -103,7 +114,7 @@ impl Ahead {
                 return;
             }
             let (from, rows, lines, stride) = self.blocks[self.len - 1];
-            prefetch(from.wrapping_add(self.row * stride + self.line * 16));
+            prefetch(from.wrapping_add(self.row * stride + self.line * 64));
             self.line += 1;
             if self.line == lines {
                 (self.line, self.row) = (0, self.row + 1);
@@ -117,7 +128,7 @@ impl Ahead {
 
 /// Asks for a cache line. Any address will do: this is a hint.
 #[inline(always)]
-fn prefetch(at: *const f32) {
+fn prefetch(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch does not access memory in the sense of the language; SSE is part of x86_64.
     unsafe {
@@ -342,19 +353,33 @@ simd_fn! {
     }
 
     /// Packed rows, `scale` times, to where they belong.
-    pub(super) fn unpack(s: S, to: RowsMut<'_>, from: &[f32], scale: f32) {
-        let mut to = to;
-        let (n, width) = (to.cols(), padded(to.cols()));
-        let w = s.splat(scale);
-        for r in 0..to.rows() {
-            let from = &from[r * width..(r + 1) * width];
-            let row = to.row(r);
-            let mut i = 0;
-            while i < n {
-                let lanes = (n - i).min(S::LANES);
-                let x = s.mul(s.load(&from[i..]), w);
-                if lanes == S::LANES { s.store(&mut row[i..], x) } else { s.store_partial(&mut row[i..], lanes, x) }
-                i += S::LANES;
+    pub(super) fn unpack(s: S, to: Output<'_>, from: &[f32], scale: f32) {
+        let (rows, n) = (to.rows(), to.cols());
+        let (width, w) = (padded(n), s.splat(scale));
+        match to {
+            Output::Single(mut to) => {
+                for r in 0..rows {
+                    let (from, row) = (&from[r * width..(r + 1) * width], to.row(r));
+                    let mut i = 0;
+                    while i < n {
+                        let lanes = (n - i).min(S::LANES);
+                        let x = s.mul(s.load(&from[i..]), w);
+                        if lanes == S::LANES {
+                            s.store(&mut row[i..], x)
+                        } else {
+                            s.store_partial(&mut row[i..], lanes, x)
+                        }
+                        i += S::LANES;
+                    }
+                }
+            }
+            Output::Bf16(mut to) => {
+                for r in 0..rows {
+                    let (from, row) = (&from[r * width..(r + 1) * width], to.row(r));
+                    for i in (0..n).step_by(S::LANES) {
+                        s.store_bf16(&mut row[i..], (n - i).min(S::LANES), s.mul(s.load(&from[i..]), w));
+                    }
+                }
             }
         }
     }

@@ -28,6 +28,7 @@
 
 use super::chunked::*;
 use super::math;
+use super::output::Output;
 use super::simd::Simd;
 use super::threads::{parallel_for, parallel_ranges, with_scratch};
 use crate::rows::SharedSlice;
@@ -148,7 +149,7 @@ fn forward_head(
                 product(yp, pv, [CHUNK, pv, dk], Left::rows(qp, pk), state, pv, Start::Accumulate, &mut ahead);
             }
             // SAFETY: y is this task's own, and the block is not borrowed elsewhere.
-            unpack(unsafe { y.shared_block(from..from + c, 0..dv) }, yp, 1.0);
+            unpack(unsafe { y.shared_block(from..from + c, 0..dv) }.into(), yp, 1.0);
             if from + c < time || last.is_some() {
                 product(state, pv, [dk, pv, c], Left::rows(kt, CHUNK), vp, pv, Start::Scale(total), &mut ahead);
             }
@@ -166,11 +167,11 @@ fn forward_head(
 /// # Panics
 /// If sizes do not fit.
 #[allow(clippy::too_many_arguments)]
-pub fn gla_backward(
-    dq: RowsMut<'_>,
-    dk: RowsMut<'_>,
-    dv: RowsMut<'_>,
-    d_log_gate: RowsMut<'_>,
+pub fn gla_backward<'a>(
+    dq: impl Into<Output<'a>>,
+    dk: impl Into<Output<'a>>,
+    dv: impl Into<Output<'a>>,
+    d_log_gate: impl Into<Output<'a>>,
     dy: Rows<'_>,
     q: Rows<'_>,
     k: Rows<'_>,
@@ -181,6 +182,7 @@ pub fn gla_backward(
     heads: usize,
     boundaries: &[f32],
 ) {
+    let [dq, dk, dv, d_log_gate]: [Output<'_>; 4] = [dq.into(), dk.into(), dv.into(), d_log_gate.into()];
     let (time, size_k, size_v) = sizes(&q, &k, &v, &log_gate, batch, heads);
     let shape = (q.rows(), q.cols());
     assert!([&dq, &dk, &d_log_gate].iter().all(|m| (m.rows(), m.cols()) == shape), "shapes of gradients differ");
@@ -212,7 +214,7 @@ pub fn gla_backward(
 /// its end (`R`) and between tokens (`E_ij`):
 /// `dq_i = L_i dy_i S^T + sum_j D_ij E_ij k_j`, `dk_j = R_j v_j G^T + sum_i D_ij E_ij q_i`,
 /// `dv = A^T dy + (R k) G`, and the gradient of the state before it is `diag(L_last) G + (L q)^T dy`.
-fn backward_head([dq, dk, dv, dg]: [RowsMut<'_>; 4], [dy, q, k, v, g]: [Rows<'_>; 5], scale: f32, boundaries: &[f32]) {
+fn backward_head([dq, dk, dv, dg]: [Output<'_>; 4], [dy, q, k, v, g]: [Rows<'_>; 5], scale: f32, boundaries: &[f32]) {
     let (time, nk, nv) = (q.rows(), q.cols(), v.cols());
     let (pk, pv, len) = (padded(nk), padded(nv), state_len(nk, nv));
     with_aligned((SPAN / CHUNK + 1) * len + CHUNK * (12 * pk + 5 * pv) + 2 * SQUARE + 2 * pk, |mut scratch| {
@@ -256,7 +258,8 @@ fn backward_head([dq, dk, dv, dg]: [RowsMut<'_>; 4], [dy, q, k, v, g]: [Rows<'_>
                 transpose(vt, vp, CHUNK, pv);
                 transpose(dyt, dyp, CHUNK, pv);
                 let next = from.saturating_sub(CHUNK)..from;
-                ahead.set([&dg, &dv, &dk, &dq].map(|m| m.as_rows()), next.clone());
+                ahead.set([], 0..0);
+                [&dg, &dv, &dk, &dq].into_iter().for_each(|m| ahead.add_output(m, next.clone()));
                 for m in [v, dy, g, k, q] {
                     ahead.add(m, next.clone());
                 }

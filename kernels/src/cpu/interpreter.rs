@@ -349,6 +349,7 @@ impl Layout {
 }
 
 /// A program with its operands.
+#[derive(Clone, Copy)]
 pub(super) struct Run<'a> {
     compiled: &'a Compiled,
     rows: usize,
@@ -375,6 +376,13 @@ impl Run<'_> {
             // SAFETY: the caller's promise.
             dispatch(unsafe { Block::new(self, rows, cols, scratch) });
         });
+    }
+
+    /// The same, with a full input that lies elsewhere.
+    pub(super) fn reading(&self, input: usize, ptr: *const f32, stride: usize) -> Self {
+        let mut other = *self;
+        other.inputs[input] = Layout { ptr, stride, div: 1, modulo: self.rows, splat: false };
+        other
     }
 
     /// Asks for the memory of the operands in these rows and columns to come to the second cache.

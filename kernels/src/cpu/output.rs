@@ -1,5 +1,7 @@
 //! Results in `f32`, or rounded to `bf16` for matrix products that would round them anyway.
 
+use std::ops::Range;
+
 use super::simd::Simd;
 use crate::RowsMut;
 use crate::device::Bf16;
@@ -46,6 +48,28 @@ impl Output<'_> {
         match self {
             Self::Single(y) => Some(y.reborrow()),
             Self::Bf16(_) => None,
+        }
+    }
+
+    /// The same memory, for a while.
+    pub fn reborrow(&mut self) -> Output<'_> {
+        match self {
+            Self::Single(y) => Output::Single(y.reborrow()),
+            Self::Bf16(y) => Output::Bf16(y.reborrow()),
+        }
+    }
+
+    /// Some rows and columns.
+    ///
+    /// # Safety
+    /// As for [`RowsMut::shared_block`].
+    pub(super) unsafe fn shared_block(&self, rows: Range<usize>, cols: Range<usize>) -> Output<'_> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                Self::Single(y) => Output::Single(y.shared_block(rows, cols)),
+                Self::Bf16(y) => Output::Bf16(y.shared_block(rows, cols)),
+            }
         }
     }
 

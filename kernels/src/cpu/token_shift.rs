@@ -13,6 +13,7 @@
 use std::ops::Range;
 
 use super::lanes::{Partials, grain, lanes, ld, ld_ptr, pitch, st, st_ptr, sum_partials};
+use super::output::Output;
 use super::simd::Simd;
 use super::threads::{parallel_for, parallel_ranges, with_scratch};
 use crate::rows::SharedSlice;
@@ -63,7 +64,7 @@ pub fn backward(dy: Rows<'_>, len: usize, dx: RowsMut<'_>, dstate: Option<RowsMu
 
 /// `y_j = x + (prev - x) * mix_j` for all j; x and every y_j `[B*len, C]`, every mix_j `[C]`, state `[B, C]` the rows
 /// before the first, 0 if absent.
-pub fn mix_forward(x: Rows<'_>, len: usize, state: Option<Rows<'_>>, mixes: &[&[f32]], ys: &mut [RowsMut<'_>]) {
+pub fn mix_forward(x: Rows<'_>, len: usize, state: Option<Rows<'_>>, mixes: &[&[f32]], ys: &mut [Output<'_>]) {
     let (rows, cols) = (x.rows(), x.cols());
     assert!(ys.len() == mixes.len() && mixes.len() <= MAX_MIXES);
     assert!(ys.iter().all(|y| y.rows() == rows && y.cols() == cols) && mixes.iter().all(|m| m.len() == cols));
@@ -143,6 +144,19 @@ fn previous<'a>(x: Rows<'a>, len: usize, state: Option<Rows<'a>>, zeros: &'a [f3
     }
 }
 
+/// `now + (prev - now) mix` from element `i` on.
+///
+/// # Safety
+/// There must be `n` of them.
+#[inline(always)]
+unsafe fn mixed<S: Simd>(s: S, now: &[f32], prev: &[f32], mix: &[f32], i: usize, n: usize) -> S::F {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let v = ld(s, now, i, n);
+        s.fma(s.sub(ld(s, prev, i, n), v), ld(s, mix, i, n), v)
+    }
+}
+
 simd_fn! {
     fn mix_rows(
         s: S,
@@ -151,22 +165,29 @@ simd_fn! {
         state: Option<Rows<'_>>,
         zeros: &[f32],
         mixes: &[&[f32]],
-        ys: &[RowsMut<'_>],
+        ys: &[Output<'_>],
         range: Range<usize>,
     ) {
         for r in range {
             let (now, prev) = (x.row(r), previous(x, len, state, zeros, r));
             for (mix, y) in mixes.iter().zip(ys) {
-                // SAFETY: this task alone has row r.
-                let y = unsafe { y.shared_row(r) };
-                lanes!(S, x.cols(), |i, n| {
-                    // SAFETY: all have `cols` elements.
-                    unsafe {
-                        let v = ld(s, now, i, n);
-                        let v = s.fma(s.sub(ld(s, prev, i, n), v), ld(s, mix, i, n), v);
-                        st(s, y, i, n, v);
+                // SAFETY: this task alone has row r, and all have `cols` elements.
+                unsafe {
+                    match y {
+                        Output::Single(y) => {
+                            let y = y.shared_row(r);
+                            lanes!(S, x.cols(), |i, n| {
+                                st(s, y, i, n, mixed(s, now, prev, mix, i, n));
+                            });
+                        }
+                        Output::Bf16(y) => {
+                            let y = y.shared_row(r);
+                            lanes!(S, x.cols(), |i, n| {
+                                s.store_bf16(&mut y[i..], n, mixed(s, now, prev, mix, i, n));
+                            });
+                        }
                     }
-                });
+                }
             }
         }
     }

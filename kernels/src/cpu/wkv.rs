@@ -17,6 +17,7 @@
 //! organised is in [`chunked`](super::chunked). Tasks are heads of one batch row; each walks through time.
 
 use super::chunked::*;
+use super::output::Output;
 use super::threads::{parallel_for, parallel_ranges, with_scratch};
 use crate::rows::SharedSlice;
 use crate::{Rows, RowsMut, simd_fn};
@@ -170,7 +171,7 @@ fn forward_head(
                 product(yp, p, [CHUNK, p, n], Left::rows(rp, p), state, p, Start::Accumulate, &mut ahead);
             }
             // SAFETY: y is this task's own, and the block is not borrowed elsewhere.
-            unpack(unsafe { y.shared_block(from..from + c, 0..n) }, yp, 1.0);
+            unpack(unsafe { y.shared_block(from..from + c, 0..n) }.into(), yp, 1.0);
             if from + c < time || last.is_some() {
                 scale_rows_in_place(kp, &decay.to_the_end(c).0, p);
                 total.fill(decay.power[c]);
@@ -190,10 +191,10 @@ fn forward_head(
 /// # Panics
 /// If sizes do not fit.
 #[allow(clippy::too_many_arguments)]
-pub fn wkv_backward(
-    dr: RowsMut<'_>,
-    dk: RowsMut<'_>,
-    dv: RowsMut<'_>,
+pub fn wkv_backward<'a>(
+    dr: impl Into<Output<'a>>,
+    dk: impl Into<Output<'a>>,
+    dv: impl Into<Output<'a>>,
     d_time_decay: &mut [f32],
     d_time_faaaa: &mut [f32],
     dy: Rows<'_>,
@@ -205,6 +206,7 @@ pub fn wkv_backward(
     batch: usize,
     boundaries: &[f32],
 ) {
+    let [dr, dk, dv]: [Output<'_>; 3] = [dr.into(), dk.into(), dv.into()];
     let (time, heads, size) = sizes(&r, time_decay, time_faaaa, batch);
     let shape = (r.rows(), r.cols());
     assert!([&dy, &k, &v].iter().all(|m| (m.rows(), m.cols()) == shape), "shapes differ");
@@ -245,7 +247,7 @@ pub fn wkv_backward(
 /// `dr = (D * M) k + diag(w^i) dy S^T`, `dk = (D * M)^T r + diag(q) v G^T`, `dv = (P * M)^T dy + diag(q) k G`,
 /// and the gradient of the state before it is `w^c G + (diag(w^i) r)^T dy`.
 fn backward_head(
-    [dr, dk, dv]: [RowsMut<'_>; 3],
+    [dr, dk, dv]: [Output<'_>; 3],
     [dy, r, k, v]: [Rows<'_>; 4],
     decay: &Decay,
     boundaries: &[f32],
@@ -291,7 +293,9 @@ fn backward_head(
                     transpose(to, m, CHUNK, p);
                 }
                 let next = from.saturating_sub(CHUNK)..from;
-                ahead.set([dv.as_rows(), dk.as_rows(), dr.as_rows(), v, dy, k, r], next);
+                ahead.set([], 0..0);
+                [&dv, &dk, &dr].into_iter().for_each(|m| ahead.add_output(m, next.clone()));
+                [v, dy, k, r].into_iter().for_each(|m| ahead.add(m, next.clone()));
                 product(pairs, CHUNK, [CHUNK, CHUNK, n], Left::rows(rp, p), kt, CHUNK, Start::Zero, &mut ahead);
                 product(cross, CHUNK, [CHUNK, CHUNK, n], Left::rows(dyp, p), vt, CHUNK, Start::Zero, &mut ahead);
                 bonus += f64::from((0..CHUNK).fold(0.0, |sum, i| sum + pairs[i * 17] * cross[i * 17]));

@@ -94,7 +94,7 @@ fn mixing_matches_the_processor() {
         let (mut dx, mut dmixes) = (vec![0.0; x.len()], vec![vec![0.0; cols]; count]);
         {
             let mixes: Vec<&[f32]> = mixes.iter().map(|m| &m[..]).collect();
-            let mut ys: Vec<RowsMut<'_>> = ys.iter_mut().map(|y| RowsMut::contiguous(y, cols)).collect();
+            let mut ys: Vec<_> = ys.iter_mut().map(|y| RowsMut::contiguous(y, cols).into()).collect();
             let dys: Vec<Rows<'_>> = dys.iter().map(|y| Rows::contiguous(y, cols)).collect();
             let mut dmixes: Vec<&mut [f32]> = dmixes.iter_mut().map(|m| &mut m[..]).collect();
             let x = Rows::contiguous(&x, cols);

@@ -129,7 +129,7 @@ pub enum Init<'a> {
 
 /// `c = init + a b` for `a` `[m, k]`, `b` `[k, n]`, `c` `[m, n]`, on all threads.
 pub fn matmul<'a>(c: RowsMut<'_>, a: impl Into<Factor<'a>>, b: impl Into<Factor<'a>>, init: Init<'_>) {
-    run(c, a.into(), b.into(), init, true, false, None);
+    run(Some(c), a.into(), b.into(), init, true, false, None);
 }
 
 /// [`matmul`] with factors rounded to `bf16` (nearest, halves to even) and sums in `f32`. Small products, and those of a few
@@ -138,12 +138,12 @@ pub fn matmul<'a>(c: RowsMut<'_>, a: impl Into<Factor<'a>>, b: impl Into<Factor<
 ///
 /// A factor may be in `bf16` already.
 pub fn matmul_bf16<'a>(c: RowsMut<'_>, a: impl Into<Factor<'a>>, b: impl Into<Factor<'a>>, init: Init<'_>) {
-    run(c, a.into(), b.into(), init, true, true, None);
+    run(Some(c), a.into(), b.into(), init, true, true, None);
 }
 
 /// [`matmul`] on the calling thread alone: for small products inside a parallel task.
 pub fn matmul_on_this_thread(c: RowsMut<'_>, a: Mat<'_>, b: Mat<'_>, init: Init<'_>) {
-    run(c, a.into(), b.into(), init, false, false, None);
+    run(Some(c), a.into(), b.into(), init, false, false, None);
 }
 
 /// Row `r` of `to` receives the pairs of rows `2 r` and `2 r + 1` of `from`, rounded to `bf16`; the partner of a last one is
@@ -169,9 +169,10 @@ pub(super) unsafe fn pair_columns(from: Rows<'_>, to: *mut f32, to_step: usize) 
     unsafe { on_level!(s => s.pair_cols(from.as_ptr(), from.stride(), from.rows(), from.cols(), to, to_step)) }
 }
 
-/// The product; `after` is called for every part of the result once, unless the sizes are [thin](product::is_thin).
+/// The product; `after` is called for every part of the result once, unless the sizes are [thin](product::is_thin). Without
+/// `c` nobody else gets the result, and the sizes must not be thin.
 fn run(
-    mut c: RowsMut<'_>,
+    c: Option<RowsMut<'_>>,
     a: Factor<'_>,
     b: Factor<'_>,
     init: Init<'_>,
@@ -180,13 +181,10 @@ fn run(
     after: Option<&dyn After>,
 ) {
     let (m, k, n) = (a.rows(), a.cols(), b.cols());
-    assert!(
-        c.rows() == m && c.cols() == n && b.rows() == k,
-        "[{m}, {k}] x [{}, {n}] is not [{}, {}]",
-        b.rows(),
-        c.rows(),
-        c.cols()
-    );
+    let (rows, cols) = c.as_ref().map_or((m, n), |c| (c.rows(), c.cols()));
+    assert!(rows == m && cols == n && b.rows() == k, "[{m}, {k}] x [{}, {n}] is not [{rows}, {cols}]", b.rows());
+    let result = if c.is_some() { product::Result::Stays } else { product::Result::Passes };
+    let (c, c_step) = c.map_or((std::ptr::null_mut(), 0), |mut c| (c.as_mut_ptr(), c.stride()));
     if let Init::Bias(bias) = init {
         assert_eq!(bias.len(), n, "one bias per column");
     }
@@ -196,8 +194,8 @@ fn run(
         k,
         a: a.operand(),
         b: b.operand(),
-        c: c.as_mut_ptr(),
-        c_step: c.stride(),
+        c,
+        c_step,
         across: false,
         start: match init {
             Init::Zero => kernel::Start::Zero,
@@ -208,6 +206,7 @@ fn run(
         pairs,
         origin: (0, 0),
         after,
+        result,
     };
     // SAFETY: the sizes agree, and `Rows` and `RowsMut` are valid for all their elements.
     unsafe { on_level!(s => product.run(s)) }

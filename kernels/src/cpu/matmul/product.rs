@@ -58,8 +58,20 @@ impl Operand {
 pub(super) trait After: Sync {
     /// A part is about to be computed.
     fn ahead(&self, rows: Range<usize>, columns: Range<usize>);
-    /// A part is complete; called once for each element, by the task that has computed it.
-    fn complete(&self, rows: Range<usize>, columns: Range<usize>);
+    /// A part is complete; called once for each element, by the task that has computed it. Where the result has no place of
+    /// its own, `at` is the address that its element `(0, 0)` would have now, and the step from row to row.
+    fn complete(&self, rows: Range<usize>, columns: Range<usize>, at: Option<(*const f32, usize)>);
+}
+
+/// Where the result of a product goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Result {
+    /// To `c`.
+    Stays,
+    /// Nobody needs it but what follows: a row of tiles at a time goes to scratch memory.
+    Passes,
+    /// As [`Result::Passes`], by way of `c`.
+    Stored,
 }
 
 /// `c = start + a b`.
@@ -83,6 +95,8 @@ pub(super) struct Product<'a> {
     pub origin: (usize, usize),
     /// What follows.
     pub after: Option<&'a dyn After>,
+    /// Where the result goes; if it passes, its sizes must not be [thin](is_thin), and it starts from zero or a bias.
+    pub result: Result,
 }
 
 // SAFETY: the tasks of a product read its operands and write different tiles of its result.
@@ -209,7 +223,13 @@ impl Product<'_> {
             if n == 1 && self.a.row == 1 && self.c_step == 1 && !matches!(self.start, Start::Bias(_)) {
                 return Product { across: false, ..self.transposed() }.wide(s);
             }
-            if self.transpose_pays::<K>() {
+            let transpose = self.transpose_pays::<K>();
+            if self.result == Result::Passes && (transpose || !self.is_one_pass::<K>()) {
+                return with_scratch(m * n, |c| {
+                    Product { c: c.as_mut_ptr(), c_step: n, result: Result::Stored, ..self }.run(s)
+                });
+            }
+            if transpose {
                 self = self.transposed();
             }
             if self.m <= MC_PANELS * K::MR {
@@ -273,10 +293,21 @@ impl Product<'_> {
         }
     }
 
+    /// Columns and steps of a chunk of b of about `chunk` elements.
+    fn chunk<K: Kernel>(&self, chunk: usize) -> (usize, usize) {
+        let nc = self.n.min((chunk / self.k.max(1)).max(512)).next_multiple_of(K::NR);
+        (nc, self.k.min((chunk / nc).next_multiple_of(KC)))
+    }
+
+    /// Whether every tile is complete after one pass over packed panels.
+    fn is_one_pass<K: Kernel>(&self) -> bool {
+        let chunk = if self.m <= MC_PANELS * K::MR { OWN_CHUNK } else { CHUNK };
+        self.k > 0 && self.chunk::<K>(chunk).1 == self.k && self.packed_steps(self.k) <= KC
+    }
+
     /// Packs b in chunks of about `chunk` elements.
     unsafe fn packed<K: Kernel>(&self, s: K, chunk: usize) {
-        let nc = self.n.min((chunk / self.k.max(1)).max(512)).next_multiple_of(K::NR);
-        let kc = self.k.min((chunk / nc).next_multiple_of(KC));
+        let (nc, kc) = self.chunk::<K>(chunk);
         // SAFETY: the caller's promise.
         unsafe {
             if nc * kc <= ON_STACK {
@@ -628,18 +659,52 @@ impl Product<'_> {
         start: Start,
         last: bool,
     ) {
+        if self.result == Result::Passes {
+            let step = columns.len().next_multiple_of(K::NR);
+            return with_aligned(K::MR * step, |c| {
+                // SAFETY: the caller's promise; the buffer holds a row of tiles.
+                unsafe { self.rows_of_tiles(s, a, b, k, rows, columns, start, last, Some((c, step))) }
+            });
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.rows_of_tiles(s, a, b, k, rows, columns, start, last, None) }
+    }
+
+    /// [`Product::tiles`], each row of them into `passing` if that is given.
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn rows_of_tiles<K: Kernel>(
+        &self,
+        s: K,
+        a: PanelsOfA,
+        b: Panels,
+        k: usize,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        start: Start,
+        last: bool,
+        passing: Option<(*mut f32, usize)>,
+    ) {
+        // the address of an element, and the step between rows
+        let place = |first: usize, i: usize, j: usize| match passing {
+            Some((c, step)) => {
+                (c.wrapping_add(step * i).wrapping_sub(step * first + columns.start).wrapping_add(j), step)
+            }
+            None if self.across => (self.c.wrapping_add(j * self.c_step + i), self.c_step),
+            None => (self.c.wrapping_add(i * self.c_step + j), self.c_step),
+        };
         // along the rows of the result: they are read and written in order
         for (p, i) in rows.clone().step_by(K::MR).enumerate() {
             let height = (rows.end - i).min(K::MR);
             for (q, j) in columns.clone().step_by(K::NR).enumerate() {
+                let (c, c_step) = place(i, i, j);
                 let tile = Tile {
                     a: a.ptr.wrapping_add(p * a.panel),
                     a_step: a.step,
                     b: b.ptr.wrapping_add(q * b.panel),
                     b_step: b.step,
                     k: self.packed_steps(k),
-                    c: self.c.wrapping_add(if self.across { j * self.c_step + i } else { i * self.c_step + j }),
-                    c_step: self.c_step,
+                    c,
+                    c_step,
                     cols: (columns.end - j).min(K::NR),
                     start: start.skip(if self.across { i } else { j }),
                 };
@@ -656,11 +721,17 @@ impl Product<'_> {
             }
             // a row of tiles is in the nearest caches; across it would be a few columns of many rows
             if last && !self.across {
-                self.follow(i..i + height, columns.clone(), |f, rows, columns| f.complete(rows, columns));
+                let at = (self.result != Result::Stays).then(|| {
+                    let (c, step) = place(i, 0, 0);
+                    (c.wrapping_sub(self.origin.0 * step + self.origin.1).cast_const(), step)
+                });
+                self.follow(i..i + height, columns.clone(), |f, rows, columns| f.complete(rows, columns, at));
             }
         }
         if last && self.across {
-            self.follow(rows, columns, |f, rows, columns| f.complete(rows, columns));
+            let first = self.c.wrapping_sub(self.origin.1 * self.c_step + self.origin.0).cast_const();
+            let at = (self.result == Result::Stored).then_some((first, self.c_step));
+            self.follow(rows, columns, |f, rows, columns| f.complete(rows, columns, at));
         }
     }
 
