@@ -102,7 +102,7 @@ pub enum Precision {
     /// Single precision throughout.
     #[default]
     F32,
-    /// Factors of matrix products in `bf16`.
+    /// Factors of matrix products in `bf16`, with those of attention and retention.
     Bf16,
 }
 

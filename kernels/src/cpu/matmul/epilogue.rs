@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::product::{After, is_thin};
 use super::{Factor, Init, run};
-use crate::cpu::interpreter::{Compiled, Operand, Run};
+use crate::cpu::interpreter::{Compiled, MAX_INPUTS, Operand, Run};
 use crate::cpu::output::Output;
 use crate::cpu::threads::with_scratch;
 use crate::{Rows, RowsMut};
@@ -66,9 +66,10 @@ pub fn matmul_then(
         }
         return with_scratch(m * n, |c| {
             run(Some(RowsMut::contiguous(c, n)), a, b, init, true, pairs, None);
-            let mut inputs = inputs.to_vec();
-            inputs[result] = Operand::Full(Rows::contiguous(c, n));
-            program.run(&inputs, outputs, seed, step);
+            let mut reading = [Operand::Scalar(&0.0); MAX_INPUTS];
+            reading[..inputs.len()].copy_from_slice(inputs);
+            reading[result] = Operand::Full(Rows::contiguous(c, n));
+            program.run(&reading[..inputs.len()], outputs, seed, step);
         });
     }
     if let Some(bound) = program.bind(inputs, outputs, seed, step) {
