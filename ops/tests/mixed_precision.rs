@@ -18,7 +18,7 @@ fn every_model_learns_as_in_single_precision() {
         assert!(mixed.last() < mixed.first(), "{name}: {mixed:?}");
         for (a, b) in single.iter().zip(&mixed) {
             // at this learning rate (1e-2) any difference grows
-            assert!((a - b).abs() < 0.05, "{name}: {single:?} in f32, {mixed:?} in bf16");
+            assert!((a - b).abs() < 0.1, "{name}: {single:?} in f32, {mixed:?} in bf16");
         }
         assert!(single != mixed, "{name}: nothing was rounded");
         // what only products read is stored as they take it
