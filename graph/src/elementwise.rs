@@ -1,12 +1,12 @@
 //! What follows from an expression: shape rule, gradient and kernel of elementwise ops.
 
+use dataflow_kernels::Rows;
 use dataflow_kernels::cpu::interpreter::{Compiled, MAX_INPUTS, MAX_OUTPUTS, Operand};
 use dataflow_kernels::cpu::output::Output;
 use dataflow_kernels::cuda;
 use dataflow_kernels::cuda::elementwise::Repeat;
 use dataflow_kernels::device::{Arguments, Kernel, Target};
 use dataflow_kernels::expression::{Instruction, Program};
-use dataflow_kernels::{Rows, RowsMut};
 
 use crate::builtin::{Elementwise, SumTo};
 use crate::gradient::Gradient;
@@ -206,11 +206,7 @@ impl Bound {
 
     /// The outputs, which are the first ones of the launch.
     pub fn outputs<'a>(&self, a: &Arguments<'a>) -> [Output<'a>; MAX_OUTPUTS] {
-        std::array::from_fn(
-            |o| {
-                if o < self.outputs { a.output(o) } else { RowsMut::<f32>::contiguous(&mut [], 1).into() }
-            },
-        )
+        std::array::from_fn(|o| if o < self.outputs { a.output(o) } else { Output::default() })
     }
 
     /// The number of the step for dropout masks, which a random program finds in input `port` of the launch.

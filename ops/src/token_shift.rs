@@ -63,9 +63,8 @@ impl Op for TokenShift {
                     return Ok(());
                 }
                 let mix: [&[f32]; MAX_MIXES] = std::array::from_fn(|j| if j < mixes { a.slice(1 + j) } else { &[] });
-                let mut ys: [Output<'_>; MAX_MIXES] = std::array::from_fn(|j| {
-                    if j < mixes { a.output(j) } else { RowsMut::<f32>::contiguous(&mut [], 1).into() }
-                });
+                let mut ys: [Output<'_>; MAX_MIXES] =
+                    std::array::from_fn(|j| if j < mixes { a.output(j) } else { Output::default() });
                 token_shift::mix_forward(a.rows(0), time, None, &mix[..mixes], &mut ys[..mixes]);
                 Ok(())
             })),

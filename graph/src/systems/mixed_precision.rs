@@ -6,8 +6,7 @@
 //! [`align_products`](super::align_products) follows.
 //!
 //! On the processor the choice is one of nodes: a kernel rounds what enters a product. Values keep their types, but for those
-//! that nothing but products read (`round_factors`). On a CUDA
-//! device the bytes of activations count as much as the products, so every op whose kernels take activations in `bf16`
+//! that nothing but products read (`round_factors`). On a CUDA device the bytes of activations count as much as the products, so every op whose kernels take activations in `bf16`
 //! ([`Op::activations`](crate::op::Op::activations)) gets them so. Parameters, their gradients, statistics, states and what
 //! the host reads stay `f32`; a parameter that enters a product is rounded once a step. (Micikevicius et al. 2018,
 //! <https://arxiv.org/abs/1710.03740>; `bf16` has the range of `f32`, so that no loss needs scaling.)

@@ -258,7 +258,7 @@ fn backward_head([dq, dk, dv, dg]: [Output<'_>; 4], [dy, q, k, v, g]: [Rows<'_>;
                 transpose(vt, vp, CHUNK, pv);
                 transpose(dyt, dyp, CHUNK, pv);
                 let next = from.saturating_sub(CHUNK)..from;
-                ahead.set([], 0..0);
+                ahead = Ahead::new();
                 [&dg, &dv, &dk, &dq].into_iter().for_each(|m| ahead.add_output(m, next.clone()));
                 for m in [v, dy, g, k, q] {
                     ahead.add(m, next.clone());

@@ -26,6 +26,13 @@ impl<'a> From<RowsMut<'a, Bf16>> for Output<'a> {
     }
 }
 
+/// Nothing, for a place in an array that is not used.
+impl Default for Output<'_> {
+    fn default() -> Self {
+        Self::Single(RowsMut::contiguous(&mut [], 1))
+    }
+}
+
 impl Output<'_> {
     /// Number of rows.
     pub fn rows(&self) -> usize {
@@ -48,14 +55,6 @@ impl Output<'_> {
         match self {
             Self::Single(y) => Some(y.reborrow()),
             Self::Bf16(_) => None,
-        }
-    }
-
-    /// The same memory, for a while.
-    pub fn reborrow(&mut self) -> Output<'_> {
-        match self {
-            Self::Single(y) => Output::Single(y.reborrow()),
-            Self::Bf16(y) => Output::Bf16(y.reborrow()),
         }
     }
 

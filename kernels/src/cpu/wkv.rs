@@ -293,7 +293,7 @@ fn backward_head(
                     transpose(to, m, CHUNK, p);
                 }
                 let next = from.saturating_sub(CHUNK)..from;
-                ahead.set([], 0..0);
+                ahead = Ahead::new();
                 [&dv, &dk, &dr].into_iter().for_each(|m| ahead.add_output(m, next.clone()));
                 [v, dy, k, r].into_iter().for_each(|m| ahead.add(m, next.clone()));
                 product(pairs, CHUNK, [CHUNK, CHUNK, n], Left::rows(rp, p), kt, CHUNK, Start::Zero, &mut ahead);

@@ -2,13 +2,15 @@
 //! machine has AVX512-BF16.
 //!
 //! The organisation is that of BLIS (Van Zee and van de Geijn 2015, <https://doi.org/10.1145/2764454>): register
-//! tiles (`kernel.rs`) over packed panels, blocks for each cache (`product.rs`). How a product is split depends on
+//! tiles (`kernel.rs`) over packed panels (`packing.rs`), blocks for each cache (`product.rs`). How a product is split depends on
 //! its sizes and never on the number of threads, and every element is summed by one task in the order of `k`, so
 //! results are the same bit for bit on any number of threads. Memory is fastest where rows start at multiples of
 //! 64 bytes, but need not.
 
 mod epilogue;
 mod kernel;
+mod packing;
+mod pairs;
 mod product;
 mod transpose;
 

@@ -1,4 +1,4 @@
-//! Blocking, packing and the split into tasks.
+//! Blocking and the split into tasks.
 //!
 //! A product takes one of these routes, by its sizes alone:
 //!
@@ -19,6 +19,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::kernel::{DOT_X, DOT_Y, Dot, Kernel, Start, Tile, WIDE};
+use super::packing::{Panels, PanelsOfA};
 use crate::cpu::threads::{parallel_for, with_scratch};
 use crate::device::Bf16;
 
@@ -33,7 +34,7 @@ pub(super) struct Operand {
 }
 
 impl Operand {
-    fn at(&self, i: usize, j: usize) -> *const f32 {
+    pub fn at(&self, i: usize, j: usize) -> *const f32 {
         let offset = i * self.row + j * self.col;
         if self.narrow { self.ptr.cast::<Bf16>().wrapping_add(offset).cast() } else { self.ptr.wrapping_add(offset) }
     }
@@ -117,9 +118,9 @@ const CHUNK: usize = 1 << 20;
 /// As [`CHUNK`], by a task for itself: they stay in its second-level cache.
 const OWN_CHUNK: usize = 1 << 17;
 /// Elements that are packed on the stack.
-const ON_STACK: usize = 8192;
+pub(super) const ON_STACK: usize = 8192;
 /// Multiplications that are worth a task.
-const TASK: usize = 1 << 20;
+pub(super) const TASK: usize = 1 << 20;
 /// Most rows (or columns) of the result that are computed as dot products.
 const DOT_MOST: usize = 8;
 /// b is read where it lies, if it lies along the columns, up to this many rows of the result.
@@ -127,35 +128,8 @@ const PACK_B_ROWS: usize = 48;
 /// a is read where it lies up to this many columns of the result.
 const PACK_A_COLS: usize = 128;
 
-/// Rows that are packed at a time where an operand lies across `k`.
-const PACK_ROWS: usize = 16;
-
-/// Steps of `k` that are paired at a time where an operand lies along `k`.
-const PAIRED_COLS: usize = 256;
-
 #[repr(align(64))]
-struct Stack([MaybeUninit<f32>; ON_STACK]);
-
-/// The panels of b for a range of `k` and of columns: element `(k, j)` of panel `p` (each [`Kernel::NR`] wide) at
-/// `ptr + p * panel + k * step + j`.
-#[derive(Clone, Copy)]
-struct Panels {
-    ptr: *mut f32,
-    panel: usize,
-    step: usize,
-}
-
-// SAFETY: written at different places by the packing tasks, then only read.
-unsafe impl Send for Panels {}
-// SAFETY: as above.
-unsafe impl Sync for Panels {}
-
-impl Panels {
-    /// The panels from `panel` on, from step `k` on.
-    fn skip(self, panel: usize, k: usize) -> Self {
-        Self { ptr: self.ptr.wrapping_add(panel * self.panel + k * self.step), ..self }
-    }
-}
+pub(super) struct Stack(pub [MaybeUninit<f32>; ON_STACK]);
 
 /// `len` elements at a multiple of 64 bytes, uninitialised.
 fn with_aligned<R>(len: usize, body: impl FnOnce(*mut f32) -> R) -> R {
@@ -165,12 +139,12 @@ fn with_aligned<R>(len: usize, body: impl FnOnce(*mut f32) -> R) -> R {
     })
 }
 
-fn for_each(parallel: bool, tasks: usize, task: impl Fn(usize) + Sync + Send) {
+pub(super) fn for_each(parallel: bool, tasks: usize, task: impl Fn(usize) + Sync + Send) {
     if parallel { parallel_for(tasks, task) } else { (0..tasks).for_each(task) }
 }
 
 /// Piece `i` of `0..len` in pieces of `size`.
-fn piece(i: usize, size: usize, len: usize) -> Range<usize> {
+pub(super) fn piece(i: usize, size: usize, len: usize) -> Range<usize> {
     i * size..((i + 1) * size).min(len)
 }
 
@@ -275,7 +249,7 @@ impl Product<'_> {
     }
 
     /// Elements of a packed panel for so many steps of `k`.
-    fn packed_steps(&self, k: usize) -> usize {
+    pub(super) fn packed_steps(&self, k: usize) -> usize {
         if self.pairs { k.div_ceil(2) } else { k }
     }
 
@@ -339,109 +313,6 @@ impl Product<'_> {
                 }
             }
             j += nc;
-        }
-    }
-
-    unsafe fn pack_b<K: Kernel>(&self, s: K, to: Panels, k: Range<usize>, columns: Range<usize>) {
-        let panels = columns.len().div_ceil(K::NR);
-        let width = |p: usize| (columns.len() - p * K::NR).min(K::NR);
-        if self.b.col == 1 {
-            // a few rows at a time, so that they are read along the row and stay on few pages
-            let per_task = (TASK / 32 / columns.len()).max(1).next_multiple_of(PACK_ROWS);
-            for_each(self.parallel, k.len().div_ceil(per_task), |task| {
-                for d in piece(task, per_task, k.len()).step_by(PACK_ROWS) {
-                    let rows = (k.len().min((task + 1) * per_task) - d).min(PACK_ROWS);
-                    for p in 0..panels {
-                        let from = self.b.at(k.start + d, columns.start + p * K::NR);
-                        let whole = width(p).next_multiple_of(K::LANES);
-                        let to = to.skip(p, self.packed_steps(d)).ptr;
-                        // SAFETY: each row of a panel is written by one task.
-                        unsafe { self.copy(s, self.b.narrow, from, self.b.row, rows, width(p), to, K::NR, whole) };
-                    }
-                }
-            });
-        } else {
-            let per_task = (TASK / 32 / (K::NR * k.len()).max(1)).clamp(1, panels);
-            for_each(self.parallel, panels.div_ceil(per_task), |task| {
-                for p in piece(task, per_task, panels) {
-                    for v in (0..width(p)).step_by(K::LANES) {
-                        let from = self.b.at(k.start, columns.start + p * K::NR + v);
-                        let rows = (width(p) - v).min(K::LANES);
-                        // SAFETY: each panel is written by one task.
-                        unsafe {
-                            let to = to.skip(p, 0).ptr.add(v);
-                            self.transpose(s, self.b.narrow, from, self.b.col, rows, k.len(), to, K::NR)
-                        };
-                    }
-                }
-            });
-        }
-    }
-
-    /// [`Kernel::copy`], or as pairs of rows, which may be `narrow`.
-    #[allow(clippy::too_many_arguments)]
-    unsafe fn copy<K: Kernel>(
-        &self,
-        s: K,
-        narrow: bool,
-        from: *const f32,
-        from_step: usize,
-        rows: usize,
-        cols: usize,
-        to: *mut f32,
-        to_step: usize,
-        width: usize,
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            if narrow {
-                s.pair_halves(from.cast(), from_step, rows, cols, to, to_step, width)
-            } else if self.pairs {
-                s.pair_rows(from, from_step, rows, cols, to, to_step, width)
-            } else {
-                s.copy(from, from_step, rows, cols, to, to_step, width)
-            }
-        }
-    }
-
-    /// [`Kernel::transpose`] of at most [`Kernel::LANES`] rows, or of their pairs of columns, which may be `narrow`.
-    #[allow(clippy::too_many_arguments)]
-    unsafe fn transpose<K: Kernel>(
-        &self,
-        s: K,
-        narrow: bool,
-        from: *const f32,
-        from_step: usize,
-        rows: usize,
-        cols: usize,
-        to: *mut f32,
-        to_step: usize,
-    ) {
-        // SAFETY: the caller's promise; the stack holds `LANES` rows of a piece.
-        unsafe {
-            if !self.pairs {
-                return s.transpose(from, from_step, rows, cols, to, to_step);
-            }
-            if narrow && from_step.is_multiple_of(2) && cols.is_multiple_of(2) && from.is_aligned() {
-                // neighbours are pairs as they lie
-                return s.transpose(from, from_step / 2, rows, cols / 2, to, to_step);
-            }
-            const { assert!(K::LANES * PAIRED_COLS / 2 <= ON_STACK) };
-            let mut stack = Stack([MaybeUninit::uninit(); ON_STACK]);
-            let paired = stack.0.as_mut_ptr().cast::<f32>();
-            for c in (0..cols).step_by(PAIRED_COLS) {
-                let n = (cols - c).min(PAIRED_COLS);
-                if narrow {
-                    for r in 0..rows {
-                        let (from, to) = (from.cast::<Bf16>().add(r * from_step + c), paired.add(r * PAIRED_COLS / 2));
-                        to.add(n / 2).write(0.0);
-                        from.copy_to_nonoverlapping(to.cast(), n);
-                    }
-                } else {
-                    s.pair_cols(from.add(c), from_step, rows, n, paired, PAIRED_COLS / 2);
-                }
-                s.transpose(paired, PAIRED_COLS / 2, rows, n.div_ceil(2), to.add(c / 2 * to_step), to_step);
-            }
         }
     }
 
@@ -558,59 +429,6 @@ impl Product<'_> {
         }
     }
 
-    /// [`Product::pack_a`] by all threads.
-    unsafe fn pack_all_of_a<K: Kernel>(&self, s: K, to: *mut f32, panel: usize, k: Range<usize>, rows: Range<usize>) {
-        let to = Panels { ptr: to, panel, step: K::MR };
-        if self.a.col == 1 {
-            let panels = rows.len().div_ceil(K::MR);
-            let per_task = (TASK / 32 / (K::MR * k.len()).max(1)).clamp(1, panels);
-            for_each(self.parallel, panels.div_ceil(per_task), |task| {
-                let i = piece(task, per_task * K::MR, rows.len());
-                let (to, rows) = (to.skip(task * per_task, 0).ptr, rows.start + i.start..rows.start + i.end);
-                // SAFETY: each panel is written by one task.
-                unsafe { self.pack_a(s, to, panel, k.clone(), rows) };
-            });
-        } else {
-            let per_task = (TASK / 32 / rows.len()).max(1).next_multiple_of(PACK_ROWS);
-            for_each(self.parallel, k.len().div_ceil(per_task), |task| {
-                let depth = piece(task, per_task, k.len());
-                let to = to.skip(0, self.packed_steps(depth.start)).ptr;
-                // SAFETY: each step of each panel is written by one task.
-                unsafe { self.pack_across(s, to, panel, k.start + depth.start..k.start + depth.end, rows.clone()) };
-            });
-        }
-    }
-
-    /// [`Product::pack_a`] of rows that lie across `k`, without spilling past the last step.
-    unsafe fn pack_across<K: Kernel>(&self, s: K, to: *mut f32, panel: usize, k: Range<usize>, rows: Range<usize>) {
-        const { assert!(K::MR.next_multiple_of(K::LANES) <= ON_STACK) };
-        let mut stack = Stack([MaybeUninit::uninit(); ON_STACK]);
-        let spilled = stack.0.as_mut_ptr().cast::<f32>();
-        let width = K::MR.next_multiple_of(K::LANES);
-        // the last step, one or two rows
-        let rest = if self.pairs && k.len().is_multiple_of(2) { 2 } else { 1 };
-        for d in (0..k.len()).step_by(PACK_ROWS) {
-            let depth = (k.len() - d).min(PACK_ROWS);
-            let ends = d + depth == k.len();
-            let free = if ends { depth - rest } else { depth };
-            for (p, i) in rows.clone().step_by(K::MR).enumerate() {
-                let height = (rows.end - i).min(K::MR);
-                let whole = height.next_multiple_of(K::LANES);
-                // SAFETY: what a row spills past its end is written again by the next; the last one spills on the stack.
-                unsafe {
-                    let to = to.add(p * panel + self.packed_steps(d) * K::MR);
-                    let from = self.a.at(i, k.start + d);
-                    self.copy(s, self.a.narrow, from, self.a.col, free, height, to, K::MR, whole);
-                    if ends {
-                        let from = self.a.at(i, k.start + d + free);
-                        self.copy(s, self.a.narrow, from, self.a.col, rest, height, spilled, width, whole);
-                        spilled.copy_to_nonoverlapping(to.add(self.packed_steps(free) * K::MR), K::MR);
-                    }
-                }
-            }
-        }
-    }
-
     fn a_in_place<K: Kernel>(&self, row: usize, k: usize) -> PanelsOfA {
         let along_k = self.a.col == 1;
         PanelsOfA {
@@ -618,31 +436,6 @@ impl Product<'_> {
             panel: K::MR * self.a.row,
             step: if along_k { self.a.row } else { self.a.col },
             along_k,
-        }
-    }
-
-    /// Packs panels that are `panel` apart. Writes whole vectors, so each needs a vector of room after it.
-    unsafe fn pack_a<K: Kernel>(&self, s: K, to: *mut f32, panel: usize, k: Range<usize>, rows: Range<usize>) {
-        let along_k = self.a.col == 1;
-        let step = if along_k { k.len().max(1) } else { PACK_ROWS };
-        for d in (0..k.len()).step_by(step) {
-            let depth = (k.len() - d).min(step);
-            for (p, i) in rows.clone().step_by(K::MR).enumerate() {
-                let height = (rows.end - i).min(K::MR);
-                // SAFETY: what a row spills past its end is written again by the next, or room.
-                unsafe {
-                    let to = to.add(p * panel + self.packed_steps(d) * K::MR);
-                    if along_k {
-                        for v in (0..height).step_by(K::LANES) {
-                            let (from, rows) = (self.a.at(i + v, k.start + d), (height - v).min(K::LANES));
-                            self.transpose(s, self.a.narrow, from, self.a.row, rows, depth, to.add(v), K::MR);
-                        }
-                    } else {
-                        let (from, whole) = (self.a.at(i, k.start + d), height.next_multiple_of(K::LANES));
-                        self.copy(s, self.a.narrow, from, self.a.col, depth, height, to, K::MR, whole);
-                    }
-                }
-            }
         }
     }
 
@@ -684,26 +477,27 @@ impl Product<'_> {
         last: bool,
         passing: Option<(*mut f32, usize)>,
     ) {
-        // the address of an element, and the step between rows
-        let place = |first: usize, i: usize, j: usize| match passing {
-            Some((c, step)) => {
-                (c.wrapping_add(step * i).wrapping_sub(step * first + columns.start).wrapping_add(j), step)
-            }
-            None if self.across => (self.c.wrapping_add(j * self.c_step + i), self.c_step),
-            None => (self.c.wrapping_add(i * self.c_step + j), self.c_step),
+        // where a result that passes would begin, if all of it lay as this part does
+        let whole = |c: *mut f32, step: usize| {
+            let (i, j) = if self.across { (self.origin.1, self.origin.0) } else { self.origin };
+            (self.result != Result::Stays).then(|| (c.wrapping_sub(i * step + j).cast_const(), step))
         };
         // along the rows of the result: they are read and written in order
         for (p, i) in rows.clone().step_by(K::MR).enumerate() {
             let height = (rows.end - i).min(K::MR);
+            // the address that element (0, 0) has, or would have
+            let (c, c_step) = match passing {
+                Some((c, step)) => (c.wrapping_sub(i * step + columns.start), step),
+                None => (self.c, self.c_step),
+            };
             for (q, j) in columns.clone().step_by(K::NR).enumerate() {
-                let (c, c_step) = place(i, i, j);
                 let tile = Tile {
                     a: a.ptr.wrapping_add(p * a.panel),
                     a_step: a.step,
                     b: b.ptr.wrapping_add(q * b.panel),
                     b_step: b.step,
                     k: self.packed_steps(k),
-                    c,
+                    c: c.wrapping_add(if self.across { j * c_step + i } else { i * c_step + j }),
                     c_step,
                     cols: (columns.end - j).min(K::NR),
                     start: start.skip(if self.across { i } else { j }),
@@ -721,16 +515,12 @@ impl Product<'_> {
             }
             // a row of tiles is in the nearest caches; across it would be a few columns of many rows
             if last && !self.across {
-                let at = (self.result != Result::Stays).then(|| {
-                    let (c, step) = place(i, 0, 0);
-                    (c.wrapping_sub(self.origin.0 * step + self.origin.1).cast_const(), step)
-                });
+                let at = whole(c, c_step);
                 self.follow(i..i + height, columns.clone(), |f, rows, columns| f.complete(rows, columns, at));
             }
         }
         if last && self.across {
-            let first = self.c.wrapping_sub(self.origin.1 * self.c_step + self.origin.0).cast_const();
-            let at = (self.result == Result::Stored).then_some((first, self.c_step));
+            let at = whole(self.c, self.c_step);
             self.follow(rows, columns, |f, rows, columns| f.complete(rows, columns, at));
         }
     }
@@ -844,26 +634,5 @@ unsafe fn tile_across<K: Kernel>(s: K, rows: usize, t: &Tile, compute: impl Fn(&
         compute(&Tile { c: tile, c_step: K::NR, start: Start::Zero, ..*t });
         s.transpose(tile, K::NR, rows, t.cols, columns, K::LANES);
         s.add_rows(columns, t.cols, rows, t.c, t.c_step, t.start);
-    }
-}
-
-/// The panels of a: packed, or where they lie.
-#[derive(Clone, Copy)]
-struct PanelsOfA {
-    ptr: *const f32,
-    panel: usize,
-    step: usize,
-    along_k: bool,
-}
-
-// SAFETY: written before the tasks that read them.
-unsafe impl Send for PanelsOfA {}
-// SAFETY: as above.
-unsafe impl Sync for PanelsOfA {}
-
-impl PanelsOfA {
-    /// Packed panels, from `panel` on, from step `k` on.
-    fn skip(self, panel: usize, k: usize) -> Self {
-        Self { ptr: self.ptr.wrapping_add(panel * self.panel + k * self.step), ..self }
     }
 }
